@@ -1,0 +1,1 @@
+"""Language models with sites in place, and what is needed to load them. Import the module that you need."""

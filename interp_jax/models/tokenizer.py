@@ -1,0 +1,247 @@
+"""Text to token ids and back, from a `tokenizer.json` or rebuilt from the metadata of a GGUF file.
+
+A thin layer over the `tokenizers` library that fixes what an experiment relies on: `encode` adds nothing, `decode` hides nothing
+(special tokens are shown), and `readable` gives one printable string for each token, also where a token is a part of a
+UTF-8 character.
+
+Rebuilding from GGUF: the metadata holds the pieces, the merges in order and each piece's type, but the pre-tokenizer only by a name
+(`tokenizer.ggml.pre`). An unknown name is refused: a wrong pre-tokenizer gives ids that look right and are not.
+
+Hazard: the text of a special token, such as `<|endoftext|>`, is encoded as that token where it stands in a text.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+if TYPE_CHECKING:
+    from interp_jax.models.gguf_file import GgufFile
+
+__all__ = ["Tokenizer"]
+
+_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    # GPT-2's pattern over bytes; SmolLM first makes every digit a piece of its own.
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+}
+
+# Token types of GGUF's `tokenizer.ggml.token_type`.
+_CONTROL, _USER_DEFINED = 3, 4
+
+_END_OF_TEXT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_BEGIN_OF_TEXT_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>")
+
+_VISIBLE = str.maketrans({"\n": "↵", "\r": "␍", "\t": "⇥"})
+
+
+class Tokenizer:
+    """A byte-pair tokenizer with the ids that a language model needs.
+
+    Attributes:
+        vocab_size: how many ids there are, special tokens included.
+        bos_id: the id that the model expects before a text, or None where it was trained without one.
+        eos_id: the id at which generation stops, or None.
+        end_of_text_id: the id that stood between documents in training, or None. It may differ from `eos_id` in a model
+            tuned for chat.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        end_of_text_id: int | None = None,
+    ):
+        """Wraps a tokenizer of the `tokenizers` library.
+
+        Args:
+            backend: the tokenizer; it is used as it is and must not be changed afterwards.
+            bos_id: see the class.
+            eos_id: see the class.
+            end_of_text_id: see the class; `eos_id` where it is not given.
+        """
+        self._backend = backend
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.end_of_text_id = eos_id if end_of_text_id is None else end_of_text_id
+        self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
+        self._added = {id_ for id_, _ in backend.get_added_tokens_decoder().items()}
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Reads a `tokenizer.json`.
+
+        Such a file does not say which of its special tokens begin and end a text; they are known by their usual
+        names (`<|endoftext|>`, `</s>`, `<bos>` and the like), and are None where there is none of them.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is not a tokenizer.
+        """
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # The library raises bare Exception.
+            raise ValueError(f"{os.fspath(path)} is not a tokenizer.json of the `tokenizers` library: {error}") from error
+        special = {added.content: id_ for id_, added in backend.get_added_tokens_decoder().items() if added.special}
+        return cls(
+            backend,
+            bos_id=_first(special, _BEGIN_OF_TEXT_TOKENS),
+            eos_id=_first(special, _END_OF_TEXT_TOKENS),
+        )
+
+    @classmethod
+    def from_gguf(cls, gguf_file: "GgufFile") -> "Tokenizer":
+        """Rebuilds the tokenizer that a GGUF file carries in its metadata.
+
+        Args:
+            gguf_file: the opened file.
+
+        Returns:
+            The tokenizer, whose ids are those that the model was trained with.
+
+        Raises:
+            ValueError: when the file holds no byte-level BPE tokenizer, or one whose pre-tokenizer is not known.
+        """
+        metadata = gguf_file.metadata
+        model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+        if model != "gpt2":
+            raise ValueError(
+                f"{gguf_file.path}: tokenizer.ggml.model is {model!r}, expected 'gpt2' (byte-level BPE). "
+                "Take the tokenizer from the model's tokenizer.json with Tokenizer.from_file."
+            )
+        if pre not in _PRE_TOKENIZERS:
+            raise ValueError(
+                f"{gguf_file.path}: the pre-tokenizer {pre!r} is not known, only {sorted(_PRE_TOKENIZERS)}. "
+                "Take the tokenizer from the model's tokenizer.json with Tokenizer.from_file."
+            )
+        pieces: list[str] = gguf_file.require("tokenizer.ggml.tokens")
+        merges: list[str] = gguf_file.require("tokenizer.ggml.merges")
+        types: list[int] = gguf_file.require("tokenizer.ggml.token_type")
+        if len(types) != len(pieces):
+            raise ValueError(f"{gguf_file.path}: {len(pieces)} tokens but {len(types)} token types; the file is damaged.")
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={piece: id_ for id_, piece in enumerate(pieces)},
+                # A piece holds no plain space (it is written as Ġ), so the one space divides left from right.
+                merges=[_split_merge(merge) for merge in merges],
+                fuse_unk=False,
+            )
+        )
+        backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(
+            [tokenizers.AddedToken(p, special=True, normalized=False) for p, t in zip(pieces, types, strict=True) if t == _CONTROL]
+        )
+        backend.add_tokens(
+            [tokenizers.AddedToken(p, normalized=False) for p, t in zip(pieces, types, strict=True) if t == _USER_DEFINED]
+        )
+        if backend.get_vocab_size() != len(pieces):
+            raise ValueError(
+                f"{gguf_file.path}: {len(pieces)} tokens but {backend.get_vocab_size()} different ones; the file is damaged."
+            )
+        control = {p: i for i, (p, t) in enumerate(zip(pieces, types, strict=True)) if t == _CONTROL}
+        return cls(
+            backend,
+            # Chat models name a bos token and yet were never given one; this flag says which.
+            bos_id=metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token") else None,
+            eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
+            end_of_text_id=_first(control, _END_OF_TEXT_TOKENS),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; no special token is added.
+
+        Args:
+            text: any text.
+
+        Returns:
+            The ids, an empty list for an empty text.
+        """
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens shown. Broken UTF-8 at either end becomes U+FFFD.
+
+        Args:
+            ids: token ids, ints or integer arrays' elements.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: when an id is outside the vocabulary.
+        """
+        return self._backend.decode(self._checked(ids), skip_special_tokens=False)
+
+    def readable(self, ids: Iterable[int]) -> list[str]:
+        r"""One printable string a token, for tables and pages.
+
+        Spaces stay spaces, a line break is shown as ↵ and a tab as ⇥; bytes that are only a part of a character are shown as
+        `\xe2`.
+
+        Args:
+            ids: token ids.
+
+        Returns:
+            As many strings as ids.
+
+        Raises:
+            ValueError: when an id is outside the vocabulary.
+        """
+        return [self._readable(id_) for id_ in self._checked(ids)]
+
+    def _readable(self, id_: int) -> str:
+        piece = self._backend.id_to_token(id_)
+        if piece is None:  # A hole in the vocabulary.
+            return f"<{id_}>"
+        if id_ in self._added:
+            return piece
+        if self._is_byte_level and all(char in _BYTE_OF_CHAR for char in piece):
+            piece = bytes(_BYTE_OF_CHAR[char] for char in piece).decode("utf-8", errors="backslashreplace")
+        else:
+            piece = piece.replace("▁", " ")
+        piece = piece.translate(_VISIBLE)
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in piece)
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        checked = [int(id_) for id_ in ids]
+        for id_ in checked:
+            if not 0 <= id_ < self.vocab_size:
+                raise ValueError(f"Token id {id_} is outside the vocabulary of {self.vocab_size}.")
+        return checked
+
+
+def _first(ids: dict[str, int], names: tuple[str, ...]) -> int | None:
+    return next((ids[name] for name in names if name in ids), None)
+
+
+def _split_merge(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's reversible writing of bytes: printable Latin-1 stands for itself, the rest for characters from U+0100 on."""
+    itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(byte): byte for byte in itself}
+    others = [byte for byte in range(256) if byte not in set(itself)]
+    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR: dict[str, int] = _byte_of_char()
