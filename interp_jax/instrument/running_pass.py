@@ -1,0 +1,375 @@
+"""The running pass: one forward pass, iterated over in an ordinary `for` loop.
+
+`site(value, name, layer=...)` in model code names a point; `iterate(fn)(*args)` gives a `RunningPass`, and the loop
+over it runs `fn` from site to site. The loop's body runs where the site stands: its JAX operations are traced there,
+between the model's own.
+
+```python
+for layer, name, value in (running := iterate(model)(tokens)):
+    if name == "mlp_out" and layer == 6:
+        running.modified_value = value.at[:, 17].set(0.0)
+    if name == "resid_post":
+        running.save(f"norm/{layer}", jnp.linalg.norm(value, axis=-1))
+running.retval, running.saved
+```
+
+Who holds what. `fn` runs in the body of a `GreenletGenerator` that the `for` statement alone holds, so `break` unwinds
+it at once. What body and user share is a `_State`, which refers to neither. It keeps no value while the model runs on,
+only shapes and types: a value of an inner trace that outlived it would be a leak.
+
+What bites:
+
+* While the loop is suspended (a body that was left by `next` by hand, say), the thread's current trace is the model's.
+  Hold the iterator in the `for` alone.
+* A loop value belongs to the trace in which its site stands. To carry one out of a jitted or checkpointed function use
+  `running.save`; a Python variable does not.
+"""
+
+import contextlib
+import contextvars
+import difflib
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+
+from interp_jax import greenlets
+from interp_jax.instrument import harvest, trace_context
+
+__all__ = ["Activation", "RunningPass", "SiteError", "iterate", "site"]
+
+
+class SiteError(ValueError):
+    """A site was asked for, or given a value, in a way that does not fit the model."""
+
+
+class Activation(NamedTuple):
+    """One step of the loop."""
+
+    layer: int | None
+    """The layer that the site stands in, None outside the layers."""
+    name: str
+    """The site's name, for example `resid_post`."""
+    value: Any
+    """The activation, with its own shape and dtype; a pytree of arrays where the model says so."""
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "<not assigned>"
+
+
+_UNSET = _Unset()
+
+
+class _State:
+    """What the forward pass and its loop share. Refers to neither the generator nor a value that is in flight."""
+
+    def __init__(self, sites: frozenset[str] | None, layers: frozenset[int | None] | None):
+        self.sites = sites
+        self.layers = layers
+        self.outer: _State | None = None
+        self.yield_: Callable[[Activation], None] | None = None
+        self.token = trace_context.CacheToken()
+        self.top: jax.core.Trace | None = None
+        self.is_nested = False  # the pass itself stands in a nested trace of the pass around it
+        self.seen: dict[tuple[int | None, str], None] = {}
+        self.at: str | None = None  # the site that waits, in words
+        self.expected: Any = None  # its value's tree of jax.ShapeDtypeStruct
+        self.modified: Any = _UNSET
+        self.phase = "new"  # new, running, stopped, finished
+        self.retval: Any = None
+        self.saved: dict[Any, Any] = {}
+        self.save_names: dict[Any, None] = {}
+
+    def wants(self, layer: int | None, name: str) -> bool:
+        return (self.sites is None or name in self.sites) and (self.layers is None or layer in self.layers)
+
+    def chain(self) -> Iterator["_State"]:
+        state: _State | None = self
+        while state is not None:
+            yield state
+            state = state.outer
+
+
+_innermost: contextvars.ContextVar[_State | None] = contextvars.ContextVar("innermost running pass", default=None)
+
+
+def site(value: Any, name: str, *, layer: int | None = None) -> Any:
+    """Marks a point of a forward pass where a value can be read or replaced.
+
+    Args:
+        value: an array, or a pytree of arrays.
+        name: what the value is; DESIGN's names (`resid_post`, `mlp_out`, ...) where one fits.
+        layer: the layer's index, None outside the layers.
+
+    Returns:
+        The value to carry on with: `value` itself, or what the loop's body put in its place. With nothing
+        listening it is `value` and nothing is traced.
+    """
+    innermost = _innermost.get()
+    if innermost is None:
+        return value
+    if innermost.is_nested or trace_context.current_trace() is not innermost.top:
+        innermost.token.spoil()
+    for state in innermost.chain():
+        state.seen[layer, name] = None
+    for state in innermost.chain():
+        if state.wants(layer, name):
+            return _visit(state, value, name, layer)
+    return value
+
+
+def _visit(state: _State, value: Any, name: str, layer: int | None) -> Any:
+    state.at = _in_words(layer, name)
+    state.expected = jax.tree.map(_shape_and_type, value)
+    state.modified = _UNSET
+    assert state.yield_ is not None
+    try:
+        state.yield_(Activation(layer, name, value))
+        return value if state.modified is _UNSET else state.modified
+    finally:
+        state.at, state.expected, state.modified = None, None, _UNSET
+
+
+def _in_words(layer: int | None, name: str) -> str:
+    return f"site {name!r}" if layer is None else f"site {name!r} of layer {layer}"
+
+
+def _shape_and_type(leaf: Any) -> jax.ShapeDtypeStruct:
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+class RunningPass:
+    """One forward pass, to be looped over once; made by `iterate`."""
+
+    def __init__(self, state: _State, run: Callable[[], Any]):
+        self._state = state
+        self._run: Callable[[], Any] | None = run
+
+    def __iter__(self) -> Iterator[Activation]:
+        """Starts the pass. The loop must be the only holder of what this returns, so that `break` ends the pass."""
+        run, self._run = self._run, None
+        if run is None:
+            raise RuntimeError("a running pass is looped over once: call ij.iterate(fn)(*args) again for another pass")
+        state = self._state
+        state.outer = _innermost.get()
+        generator = greenlets.GreenletGenerator(_body, state, run)
+        state.yield_ = generator.yielder()
+        return generator
+
+    @property
+    def modified_value(self) -> Any:
+        """What was assigned at this site. Assign to it to replace the activation; leave it alone to keep it."""
+        if self._state.modified is _UNSET:
+            raise AttributeError("modified_value was not assigned at this site; the value itself is what the loop gave")
+        return self._state.modified
+
+    @modified_value.setter
+    def modified_value(self, new: Any) -> None:
+        state = self._state
+        if state.at is None:
+            raise RuntimeError("modified_value is assigned inside the loop over the running pass, where a site waits")
+        state.modified = _checked(new, state.expected, state.at)
+
+    def save(self, name: Any, value: Any) -> None:
+        """Carries a value out of the pass, to `saved[name]` after the loop.
+
+        Args:
+            name: a name of its own for each value, for example `f"norm/{layer}"`.
+            value: an array or a pytree of arrays. It may come from inside `jit`, `checkpoint` or `vmap`; in the last
+                case the batch axis comes first.
+
+        Raises:
+            interp_jax.instrument.ReapError: from the loop, if a name is saved twice or from inside a primitive that
+                save does not cross.
+        """
+        if self._state.phase != "running":
+            raise RuntimeError("save is called inside the loop over the running pass")
+        harvest.sow_value(value, tag=self._state, name=name)
+        self._state.save_names[name] = None
+
+    @property
+    def retval(self) -> Any:
+        """What the function returned. It is there once the loop has run to its end."""
+        if self._state.phase != "finished":
+            what = {
+                "new": "the pass has not been looped over yet",
+                "running": "the pass is still running",
+                "stopped": "the loop was left before the end, so the function has not returned",
+            }[self._state.phase]
+            raise RuntimeError(f"retval is not there: {what}")
+        return self._state.retval
+
+    @property
+    def saved(self) -> dict[Any, Any]:
+        """What was saved, by name, in order; after `break`, what had left the functions around its site."""
+        if self._state.phase in ("new", "running"):
+            raise RuntimeError("saved is there after the loop over the running pass")
+        return self._state.saved
+
+
+def _checked(new: Any, expected: Any, where: str) -> Any:
+    """`new` as arrays, if it has the tree, shapes and dtypes of `expected`."""
+    if new is None and expected is not None:
+        raise SiteError(f"{where}: None was assigned to modified_value; to leave the value alone, do not assign")
+    new_tree, expected_tree = jax.tree.structure(new), jax.tree.structure(expected)
+    if new_tree != expected_tree:
+        raise SiteError(f"{where}: modified_value must be a tree {expected_tree}, but a tree {new_tree} was assigned")
+
+    def check(path: Any, wanted: jax.ShapeDtypeStruct, leaf: Any) -> Any:
+        array = leaf if isinstance(leaf, jax.Array) else _as_array(leaf)
+        if array is None:
+            raise SiteError(
+                f"{where}{_path(path)}: modified_value must be an array, but {type(leaf).__name__} was assigned"
+            )
+        got = _shape_and_type(array)
+        if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+            raise SiteError(
+                f"{where}{_path(path)}: modified_value must have shape {wanted.shape} and dtype {wanted.dtype}, "
+                f"but shape {got.shape} and dtype {got.dtype} was assigned{_remedy(got, wanted)}"
+            )
+        return array
+
+    return jax.tree.map_with_path(check, expected, new)
+
+
+def _as_array(leaf: Any) -> jax.Array | None:
+    try:
+        return jax.numpy.asarray(leaf)
+    except TypeError:
+        return None
+
+
+def _path(path: Any) -> str:
+    return f" at {jax.tree_util.keystr(path)}" if path else ""
+
+
+def _remedy(got: jax.ShapeDtypeStruct, wanted: jax.ShapeDtypeStruct) -> str:
+    if got.shape == wanted.shape:
+        return f"; use .astype({str(wanted.dtype)!r})"
+    return "; use jnp.broadcast_to if one value is meant for all" if got.size <= 1 else ""
+
+
+def _body(state: _State, run: Callable[[], Any]) -> None:
+    """The forward pass, run in the generator's greenlet with its own context variables."""
+    _innermost.set(state)
+    state.phase = "running"
+    if state.outer is not None:
+        state.is_nested = state.outer.is_nested or trace_context.current_trace() is not state.outer.top
+    try:
+        with state.token, harvest.reaping(state) as reaper:
+            state.top = reaper
+            try:
+                retval = run()
+            finally:
+                state.top = None
+                # Also on the way out of an error or a break: what was sown at the top level is whole.
+                state.saved = reaper.reaped.by_name()
+        lost = [name for name in state.save_names if name not in state.saved]
+        if lost:
+            raise harvest.ReapError(
+                f"{', '.join(map(repr, lost))} was saved in a function whose values cannot leave it: save crosses jit, "
+                "checkpoint and vmap, not yet custom derivatives or shard_map. Run the pass inside that "
+                "function, or save at a site outside it"
+            )
+        _check_filters(state)
+        state.retval = retval
+        state.phase = "finished"
+    finally:
+        if state.phase != "finished":
+            state.phase = "stopped"
+
+
+def _check_filters(state: _State) -> None:
+    """Raises if a name or layer that was asked for never occurred: a typo would else look like 'nothing there'."""
+    names = {name for _, name in state.seen}
+    layers = {layer for layer, _ in state.seen}
+    complaints = []
+    if state.sites is not None and (unknown := sorted(state.sites - names)):
+        close = [match for name in unknown for match in difflib.get_close_matches(name, sorted(names), n=1)]
+        hint = f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
+        complaints.append(f"no site is named {', '.join(map(repr, unknown))}{hint}")
+    if state.layers is not None and (missing := state.layers - layers):
+        complaints.append(
+            f"no site stands in layer {', '.join(str(layer) for layer in sorted(missing, key=_layer_order))}"
+        )
+    if not complaints and not any(state.wants(*which) for which in state.seen):
+        complaints.append("no site has one of these names in one of these layers")
+    if complaints:
+        raise SiteError(f"{'; '.join(complaints)}. {describe_sites(state.seen)}")
+
+
+def describe_sites(seen: Iterable[tuple[int | None, str]]) -> str:
+    """The sites that exist, a line a group: layers that have the same sites stand together."""
+    by_layer: dict[int | None, list[str]] = {}
+    for layer, name in seen:
+        by_layer.setdefault(layer, []).append(name)
+    if not by_layer:
+        return (
+            "This function has no sites: mark values with ij.site, or install a patch set before the model is imported"
+        )
+    groups: dict[tuple[str, ...], list[int | None]] = {}
+    for layer in sorted(by_layer, key=_layer_order):
+        groups.setdefault(tuple(by_layer[layer]), []).append(layer)
+    lines = [f"  {_layers_in_words(layers)}: {', '.join(names)}" for names, layers in groups.items()]
+    return "\n".join(["The sites that exist:", *lines])
+
+
+def _layer_order(layer: int | None) -> tuple[bool, int]:
+    return (layer is not None, layer or 0)
+
+
+def _layers_in_words(layers: list[int | None]) -> str:
+    if layers == [None]:
+        return "no layer"
+    numbers = [str(layer) for layer in layers]
+    is_run = (
+        len(layers) > 2 and None not in layers and layers == list(range(layers[0] or 0, (layers[0] or 0) + len(layers)))
+    )
+    return f"layers {numbers[0]} to {numbers[-1]}" if is_run else f"layer {', '.join(numbers)}"
+
+
+def as_filter(wanted: Any, kind: type | tuple[type, ...]) -> frozenset[Any] | None:
+    """A filter argument (None, one, or several) as a set; None lets everything through."""
+    if wanted is None:
+        return None
+    several: Collection[Any] = [wanted] if isinstance(wanted, kind) else list(wanted)
+    if not several:
+        raise SiteError("an empty filter matches nothing: give at least one site or layer, or None for all")
+    return frozenset(several)
+
+
+def iterate(
+    fn: Callable[..., Any],
+    *,
+    sites: str | Collection[str] | None = None,
+    layers: int | Collection[int | None] | None = None,
+) -> Callable[..., RunningPass]:
+    """Makes of a function one whose call is looped over, from site to site.
+
+    Args:
+        fn: a forward pass, or any function that reaches `site`.
+        sites: the names that the loop sees; None for all. The others run on without a stop.
+        layers: the layers that the loop sees; None for all.
+
+    Returns:
+        A function of `fn`'s arguments that gives a `RunningPass`. Nothing runs before the loop asks.
+
+    Raises:
+        SiteError: from the loop's end, if a name or a layer in the filters does not occur in the pass; it lists those
+            that do.
+    """
+    site_filter, layer_filter = as_filter(sites, str), as_filter(layers, int)
+
+    # `fn` may be a module, which has no __name__ to copy.
+    @functools.wraps(fn, updated=())
+    def start(*args: Any, **kwargs: Any) -> RunningPass:
+        return RunningPass(_State(site_filter, layer_filter), lambda: fn(*args, **kwargs))
+
+    with contextlib.suppress(AttributeError):
+        del start.__wrapped__  # the signatures differ in what they return
+    return start

@@ -1,0 +1,79 @@
+"""JAX's trace state and cache keys: everything that the running pass asks of JAX's internals stands here.
+
+**Stale caches.** `jit`, `checkpoint`, `scan` and the rest keep what they traced. A function that was traced before
+would not reach its sites again, and an edit made while tracing would stay in the cache and come back in later, clean
+calls. The cure is `jax.make_user_context`: its value is part of every cache key. While a pass runs, the value is a
+token of its thread; outside it is None. So clean calls and passes never share an entry.
+
+**When the token changes.** A token could be new at every site, but then every small jitted function of `jax.numpy`
+would be traced (and outside jit compiled) again between any two sites, in every pass. It is enough to give up a token
+when it has been *spoilt*: when a site stood inside a nested trace (a jitted function, a scan's body, ...) whose result
+is now cached under it. Sites in the pass's own top-level trace spoil nothing. A model that is a plain Python loop thus
+keeps one token for ever and its helper functions stay compiled; a jitted function with sites inside is traced anew each
+time, as it must. Sites that a filter passes over spoil the token too: a later pass may want them.
+
+Tokens are by thread, so that one thread's tracing cannot spoil a token that another is using.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.core
+from jax.extend.core import set_current_trace, take_current_trace
+
+_cache_key = jax.make_user_context(None)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.generation = 0
+        self.entered: list[CacheToken] = []
+
+
+_thread = _Thread()
+
+
+class CacheToken:
+    """The cache key of one pass, entered for as long as the pass's body runs."""
+
+    def __enter__(self) -> "CacheToken":
+        self._enter()
+        _thread.entered.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _thread.entered.remove(self)
+        self._context.__exit__(None, None, None)
+        if _thread.entered:
+            # What this pass spoilt, the pass around it must not meet again.
+            _thread.entered[-1].renew()
+
+    def spoil(self) -> None:
+        """Gives up the token: what is traced from here on has a new cache key, in this pass and in those to come."""
+        _thread.generation += 1
+        self.renew()
+
+    def renew(self) -> None:
+        """Enters the thread's newest token in the place of the one that was entered."""
+        self._context.__exit__(None, None, None)
+        self._enter()
+
+    def _enter(self) -> None:
+        self._context: Any = _cache_key((threading.get_ident(), _thread.generation))
+        self._context.__enter__()
+
+
+def current_trace() -> jax.core.Trace:
+    """The trace in which a JAX operation called here and now would stand."""
+    with take_current_trace() as trace:
+        return trace
+
+
+@contextlib.contextmanager
+def entered(trace: jax.core.Trace) -> Iterator[None]:
+    """Makes `trace` the current one in the block."""
+    with set_current_trace(trace):
+        yield
