@@ -1,0 +1,201 @@
+"""The page's pictures: matplotlib drawings as inline SVG that takes its colours and its font from the page.
+
+A picture is drawn once and read on a light and on a dark ground, so no colour may be fixed in it. Each drawing uses a
+few marker colours that occur nowhere else, and afterwards they are replaced by CSS variables of the page (`var(--ink)`
+and so on). Text stays text: it can be selected, searched and read aloud.
+
+What matplotlib adds around the drawing (document type, metadata with addresses, a style sheet that would apply to the whole
+page, ids that every drawing has alike) is taken off; the tests hold it to that.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from interp_jax.report.demo_report import DictionaryScore, TrainingCurve
+
+__all__ = ["density_histogram", "score_against_l0", "training_curve"]
+
+_INK, _MUTED, _RULE, _FIRST, _SECOND, _GROUND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _RULE: "var(--rule)",
+    _FIRST: "var(--first)",
+    _SECOND: "var(--second)",
+    _GROUND: "var(--ground)",
+}
+_SERIES = ((_FIRST, "o"), (_SECOND, "D"), (_INK, "s"), (_MUTED, "^"))
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "text.usetex": False,
+    # With parse_math off, "10^-3" of a log axis must not be written as mathematics.
+    "axes.formatter.use_mathtext": False,
+}
+
+
+def training_curve(curve: TrainingCurve) -> Markup:
+    """The curve over training steps, on a logarithmic scale where all values allow it.
+
+    Args:
+        curve: steps and values; values that are not finite leave gaps.
+
+    Returns:
+        An `<svg>` element.
+    """
+    values = np.asarray(curve.values, float)
+    finite = values[np.isfinite(values)]
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("training step", curve.label)
+        axes.plot(curve.steps, values, color=_FIRST, linewidth=1.8)
+        if finite.size and finite.min() > 0 and finite.max() / finite.min() > 3:
+            _logarithmic(axes.yaxis, axes.set_yscale, finite.min(), finite.max())
+        if finite.size:
+            label = (
+                f"Line: {curve.label} over {len(curve.steps)} recorded training steps, "
+                f"from {finite[0]:.3g} to {finite[-1]:.3g}."
+            )
+        else:
+            label = "No training step was recorded."
+        return _svg(figure, "training-curve", label)
+
+
+def score_against_l0(scores: Sequence[DictionaryScore], quantity: str, label: str) -> Markup:
+    """One quantity against L0, a point a way of coding, each named beside its point.
+
+    Args:
+        scores: the points.
+        quantity: which field of a score is on the vertical axis.
+        label: what it is, for the axis.
+
+    Returns:
+        An `<svg>` element.
+    """
+    points = [(score.method, score.l0, float(getattr(score, quantity))) for score in scores]
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("L0 (active latents a token)", label)
+        # The upper of two points has its name above it and the lower one below, so that close points keep readable names.
+        rank = {i: place for place, i in enumerate(sorted(range(len(points)), key=lambda i: points[i][2]))}
+        for i, (method, l0, value) in enumerate(points):
+            color, marker = _SERIES[i % len(_SERIES)]
+            axes.plot(
+                [l0], [value], marker=marker, color=color, markersize=9, linestyle="none", markeredgecolor=_GROUND
+            )
+            is_upper = rank[i] >= len(points) / 2
+            axes.annotate(
+                f"{method}: {value:.3f}",
+                (l0, value),
+                xytext=(0, 11 if is_upper else -11),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if is_upper else "top",
+                parse_math=False,
+            )
+        if points:
+            l0s, values = np.array([p[1] for p in points]), np.array([p[2] for p in points])
+            axes.set_xlim(max(0.0, l0s.min() * 0.5), l0s.max() * 1.5)
+            margin = max(np.ptp(values) * 0.6, abs(values).max() * 0.02, 1e-6)
+            axes.set_ylim(values.min() - margin, values.max() + margin)
+        spoken = "; ".join(f"{method} {value:.3f} at L0 {l0:.1f}" for method, l0, value in points)
+        return _svg(figure, f"points-{quantity.replace('_', '-')}", f"Points: {label} against L0. {spoken}.")
+
+
+def density_histogram(densities: Sequence[float]) -> Markup:
+    """How often latents are active: a histogram of log10 density over the latents that are active at all.
+
+    Args:
+        densities: share of tokens on which each latent is active, 0 for dead ones.
+
+    Returns:
+        An `<svg>` element.
+    """
+    values = np.asarray(densities, float)
+    alive = values[values > 0]
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("share of tokens on which a latent is active", "latents")
+        if alive.size:
+            low, high = (
+                np.floor(np.log10(alive.min())),
+                max(np.ceil(np.log10(alive.max())), np.floor(np.log10(alive.min())) + 1),
+            )
+            axes.hist(
+                alive,
+                bins=list(np.logspace(low, high, int(high - low) * 10 + 1)),
+                color=_FIRST,
+                edgecolor=_GROUND,
+                linewidth=0.6,
+            )
+            _logarithmic(axes.xaxis, axes.set_xscale, alive.min(), alive.max())
+        label = (
+            f"Histogram of the density of {alive.size} latents; {values.size - alive.size} of {values.size} are never active."
+            + (f" The median density is {np.median(alive):.2g}." if alive.size else "")
+        )
+        return _svg(figure, "density-histogram", label)
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.8, 3.1), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0.0)
+    axes.set_xlabel(x_label, parse_math=False)
+    axes.set_ylabel(y_label, parse_math=False)
+    axes.grid(visible=True, which="major")
+    return figure, axes
+
+
+def _logarithmic(axis: object, set_scale: object, low: float, high: float) -> None:
+    """A logarithmic axis whose ticks are plain numbers, three a decade where there are few decades."""
+    set_scale("log")  # pyright: ignore[reportCallIssue]
+    steps = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))  # pyright: ignore
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))  # pyright: ignore
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # pyright: ignore
+
+
+def _svg(figure: Figure, name: str, label: str) -> Markup:
+    """The drawing as an `<svg>` element that can stand in an HTML page beside others."""
+    file = io.StringIO()
+    nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        # The page's font draws the text in the end, so a glyph that matplotlib's font lacks is no loss.
+        warnings.filterwarnings("ignore", message=".*missing from font.*")
+        figure.savefig(file, format="svg", metadata=nothing, transparent=True)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', text)
+    text = text.replace("url(#", f"url(#{name}-")
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
+    # matplotlib names its own font; the page's is wanted, at the same size.
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    view_box = re.search(r'viewBox="[^"]*"', text)
+    assert view_box is not None
+    opening = f'<svg class="picture" role="img" aria-label="{escape(label)}" {view_box.group()}>'
+    return Markup(re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1).strip())
