@@ -73,6 +73,7 @@ class _State:
         self.outer: _State | None = None
         self.yield_: Callable[[Activation], None] | None = None
         self.token = trace_context.CacheToken()
+        self.tag = object()  # JAX's caches keep a sow's tag: it must not lead to what was saved
         self.top: jax.core.Trace | None = None
         self.is_nested = False  # the pass itself stands in a nested trace of the pass around it
         self.seen: dict[tuple[int | None, str], None] = {}
@@ -189,7 +190,7 @@ class RunningPass:
         """
         if self._state.phase != "running":
             raise RuntimeError("save is called inside the loop over the running pass")
-        harvest.sow_value(value, tag=self._state, name=name)
+        harvest.sow_value(value, tag=self._state.tag, name=name)
         self._state.save_names[name] = None
 
     @property
@@ -261,7 +262,7 @@ def _body(state: _State, run: Callable[[], Any]) -> None:
     if state.outer is not None:
         state.is_nested = state.outer.is_nested or trace_context.current_trace() is not state.outer.top
     try:
-        with state.token, harvest.reaping(state) as reaper:
+        with state.token, harvest.reaping(state.tag) as reaper:
             state.top = reaper
             try:
                 retval = run()
@@ -286,6 +287,8 @@ def _body(state: _State, run: Callable[[], Any]) -> None:
 
 def _check_filters(state: _State) -> None:
     """Raises if a name or layer that was asked for never occurred: a typo would else look like 'nothing there'."""
+    if state.sites is None and state.layers is None:
+        return
     names = {name for _, name in state.seen}
     layers = {layer for layer, _ in state.seen}
     complaints = []
