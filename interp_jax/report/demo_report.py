@@ -1,10 +1,10 @@
 """What the demo found, as plain data: the page and `results.json` are two ways to write the same object.
 
-Nothing here is a JAX array, a model or an open file, so a report can be made in a test by hand, kept, and compared. Numbers that were
-not measured are None, never 0 or NaN: a table shows a dash for them.
+Nothing here is a JAX array, a model or an open file, so a report can be made in a test by hand, kept, and compared.
+Numbers that were not measured are None, never 0 or NaN: a table shows a dash for them.
 
-Losses are in nats a token. The loss recovered is (ablated - spliced) / (ablated - clean): 1 where the splice costs nothing, 0
-where it is as bad as the ablation.
+Losses are in nats a token. The loss recovered is (ablated - spliced) / (ablated - clean): 1 where the splice costs
+nothing, 0 where it is as bad as the ablation.
 """
 
 import dataclasses

@@ -3,8 +3,9 @@
 All of it is plain NumPy but for one unembedding of a few directions. Activations come in as a dense `[rows, context,
 latents]` array of the few latents that are shown, never of the whole dictionary.
 
-How a latent's snippets are chosen: the peak of each row of tokens stands for the row, and the rows with the highest peaks are
-shown. A document that a latent likes therefore does not fill the list with itself, as it would if positions were ranked.
+How a latent's snippets are chosen: the peak of each row of tokens stands for the row, and the rows with the highest
+peaks are shown. A document that a latent likes therefore does not fill the list with itself, as it would if positions
+were ranked.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ def choose_latents(
     min_density: float = 0.0,
     max_density: float = 0.1,
 ) -> Int[np.ndarray, "chosen"]:
-    """Draws latents to show, uniformly from those that are alive and not always on: a sample, not a selection of pretty ones.
+    """Draws latents to show, uniformly from those that are alive and not always on: a sample, not a selection of
+    pretty ones.
 
     Args:
         densities: share of tokens on which each latent is active.
@@ -77,7 +79,7 @@ def promoted_tokens(
     *,
     count: int = 10,
 ) -> list[tuple[tuple[TokenLogit, ...], tuple[TokenLogit, ...]]]:
-    """The tokens whose logits directions in the residual stream raise and lower most, read directly through the unembedding.
+    """The tokens whose logits directions in the residual stream raise and lower most, straight through the unembedding.
 
     Args:
         language_model: the model whose unembedding is used.
@@ -85,8 +87,8 @@ def promoted_tokens(
         count: how many tokens each way.
 
     Returns:
-        For each direction (promoted, suppressed), the strongest first. Ids that the model's padded vocabulary has and the
-        tokenizer lacks are left out.
+        For each direction (promoted, suppressed), the strongest first. Ids that the model's padded vocabulary has and
+        the tokenizer lacks are left out.
     """
     tokenizer = language_model.tokenizer
     logits = np.asarray(language_model.unembed(language_model.params, jnp.asarray(directions)), np.float32)
@@ -98,7 +100,10 @@ def promoted_tokens(
         ends = (order[::-1][:count], order[:count])
         found.append(
             tuple(
-                tuple(TokenLogit(token, float(row[i])) for token, i in zip(tokenizer.readable(ids), ids, strict=True))
+                tuple(
+                    TokenLogit(token, float(row[i]))
+                    for token, i in zip(tokenizer.readable(ids.tolist()), ids, strict=True)
+                )
                 for ids in ends
             )
         )
@@ -140,8 +145,9 @@ def latent_dashboards(
     latents = [int(latent) for latent in latents]
     if activations.shape != (*tokens.shape, len(latents)) or len(directions) != len(latents):
         raise ValueError(
-            f"Tokens {tokens.shape}, activations {activations.shape}, {len(latents)} latents and {len(directions)} directions do "
-            f"not fit together; expected activations [rows, context, latents], here {(*tokens.shape, len(latents))}."
+            f"Tokens {tokens.shape}, activations {activations.shape}, {len(latents)} latents and {len(directions)} "
+            "directions do not fit together; expected activations [rows, context, latents], here "
+            f"{(*tokens.shape, len(latents))}."
         )
     dashboards = []
     for i, (latent, (up, down)) in enumerate(
@@ -150,7 +156,7 @@ def latent_dashboards(
         codes = activations[..., i]
         shown = tuple(
             Snippet(
-                tokens=tuple(language_model.tokenizer.readable(tokens[row, start:stop])),
+                tokens=tuple(language_model.tokenizer.readable(tokens[row, start:stop].tolist())),
                 activations=tuple(float(a) for a in codes[row, start:stop]),
                 peak=peak - start,
             )

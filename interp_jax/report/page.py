@@ -1,11 +1,12 @@
 """The demo's page: one HTML file that holds everything it shows and asks for nothing else.
 
-It opens from a file system without a network, and a content security policy inside it sees to it that nothing is ever asked for. All
-text comes through jinja2's autoescaping: tokens, model output and names are data, and `<script>` is a
+It opens from a file system without a network, and a content security policy inside it sees to it that nothing is ever
+asked for. All text comes through jinja2's autoescaping: tokens, model output and names are data, and `<script>` is a
 token like any other. The pictures alone are inserted as markup, and they are made here.
 
-It reads without JavaScript; one small script, allowed by its hash, filters the latents. Colours follow the reader's light or dark
-setting, and every text on a shaded token keeps a contrast of 4.5 to 1 or more in both (a test computes it).
+It reads without JavaScript; one small script, allowed by its hash, filters the latents. Colours follow the reader's
+light or dark setting, and every text on a shaded token keeps a contrast of 4.5 to 1 or more in both (a test computes
+it).
 """
 
 import base64

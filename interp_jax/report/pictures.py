@@ -4,19 +4,23 @@ A picture is drawn once and read on a light and on a dark ground, so no colour m
 few marker colours that occur nowhere else, and afterwards they are replaced by CSS variables of the page (`var(--ink)`
 and so on). Text stays text: it can be selected, searched and read aloud.
 
-What matplotlib adds around the drawing (document type, metadata with addresses, a style sheet that would apply to the whole
-page, ids that every drawing has alike) is taken off; the tests hold it to that.
+What matplotlib adds around the drawing (document type, metadata with addresses, a style sheet that would apply to the
+whole page, ids that every drawing has alike) is taken off; the tests hold it to that.
 """
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
+from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from interp_jax.report.demo_report import DictionaryScore, TrainingCurve
@@ -34,7 +38,7 @@ _VARIABLES = {
 }
 _SERIES = ((_FIRST, "o"), (_SECOND, "D"), (_INK, "s"), (_MUTED, "^"))
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.spines.top": False,
@@ -71,7 +75,8 @@ def training_curve(curve: TrainingCurve) -> Markup:
         figure, axes = _axes("training step", curve.label)
         axes.plot(curve.steps, values, color=_FIRST, linewidth=1.8)
         if finite.size and finite.min() > 0 and finite.max() / finite.min() > 3:
-            _logarithmic(axes.yaxis, axes.set_yscale, finite.min(), finite.max())
+            axes.set_yscale("log")
+            _number_ticks(axes.yaxis, finite.min(), finite.max())
         if finite.size:
             label = (
                 f"Line: {curve.label} over {len(curve.steps)} recorded training steps, "
@@ -86,17 +91,19 @@ def score_against_l0(scores: Sequence[DictionaryScore], quantity: str, label: st
     """One quantity against L0, a point a way of coding, each named beside its point.
 
     Args:
-        scores: the points.
+        scores: the points; one that is not finite is left out.
         quantity: which field of a score is on the vertical axis.
         label: what it is, for the axis.
 
     Returns:
         An `<svg>` element.
     """
-    points = [(score.method, score.l0, float(getattr(score, quantity))) for score in scores]
+    points = [(score.method, float(score.l0), float(getattr(score, quantity))) for score in scores]
+    points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("L0 (active latents a token)", label)
-        # The upper of two points has its name above it and the lower one below, so that close points keep readable names.
+        # The upper of two points has its name above it and the lower one below, so that close points keep readable
+        # names.
         rank = {i: place for place, i in enumerate(sorted(range(len(points)), key=lambda i: points[i][2]))}
         for i, (method, l0, value) in enumerate(points):
             color, marker = _SERIES[i % len(_SERIES)]
@@ -105,7 +112,7 @@ def score_against_l0(scores: Sequence[DictionaryScore], quantity: str, label: st
             )
             is_upper = rank[i] >= len(points) / 2
             axes.annotate(
-                f"{method}: {value:.3f}",
+                f"{_short(method)}: {value:.3f}",
                 (l0, value),
                 xytext=(0, 11 if is_upper else -11),
                 textcoords="offset points",
@@ -115,7 +122,7 @@ def score_against_l0(scores: Sequence[DictionaryScore], quantity: str, label: st
             )
         if points:
             l0s, values = np.array([p[1] for p in points]), np.array([p[2] for p in points])
-            axes.set_xlim(max(0.0, l0s.min() * 0.5), l0s.max() * 1.5)
+            axes.set_xlim(max(0.0, l0s.min() * 0.5), max(l0s.max() * 1.5, 1.0))
             margin = max(np.ptp(values) * 0.6, abs(values).max() * 0.02, 1e-6)
             axes.set_ylim(values.min() - margin, values.max() + margin)
         spoken = "; ".join(f"{method} {value:.3f} at L0 {l0:.1f}" for method, l0, value in points)
@@ -136,22 +143,16 @@ def density_histogram(densities: Sequence[float]) -> Markup:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("share of tokens on which a latent is active", "latents")
         if alive.size:
-            low, high = (
-                np.floor(np.log10(alive.min())),
-                max(np.ceil(np.log10(alive.max())), np.floor(np.log10(alive.min())) + 1),
-            )
-            axes.hist(
-                alive,
-                bins=list(np.logspace(low, high, int(high - low) * 10 + 1)),
-                color=_FIRST,
-                edgecolor=_GROUND,
-                linewidth=0.6,
-            )
-            _logarithmic(axes.xaxis, axes.set_xscale, alive.min(), alive.max())
-        label = (
-            f"Histogram of the density of {alive.size} latents; {values.size - alive.size} of {values.size} are never active."
-            + (f" The median density is {np.median(alive):.2g}." if alive.size else "")
-        )
+            low = np.floor(np.log10(alive.min()))
+            high = max(np.ceil(np.log10(alive.max())), low + 1)
+            bins = np.logspace(low, high, int(high - low) * 10 + 1).tolist()
+            axes.hist(alive, bins=bins, color=_FIRST, edgecolor=_GROUND, linewidth=0.6)
+            axes.set_xscale("log")
+            _number_ticks(axes.xaxis, alive.min(), alive.max())
+        n_dead = values.size - alive.size
+        label = f"Histogram of the density of {alive.size} latents; {n_dead} of {values.size} are never active."
+        if alive.size:
+            label += f" The median density is {np.median(alive):.2g}."
         return _svg(figure, "density-histogram", label)
 
 
@@ -160,19 +161,23 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure.patch.set_alpha(0.0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0.0)
-    axes.set_xlabel(x_label, parse_math=False)
-    axes.set_ylabel(y_label, parse_math=False)
+    axes.set_xlabel(_short(x_label), parse_math=False)
+    axes.set_ylabel(_short(y_label), parse_math=False)
     axes.grid(visible=True, which="major")
     return figure, axes
 
 
-def _logarithmic(axis: object, set_scale: object, low: float, high: float) -> None:
-    """A logarithmic axis whose ticks are plain numbers, three a decade where there are few decades."""
-    set_scale("log")  # pyright: ignore[reportCallIssue]
+def _short(label: str, most: int = 44) -> str:
+    """A label that leaves room for the drawing; the page says the whole of it in the caption or the table."""
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def _number_ticks(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis, three a decade where there are few decades."""
     steps = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
-    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))  # pyright: ignore
-    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))  # pyright: ignore
-    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # pyright: ignore
+    axis.set_major_locator(ticker.LogLocator(subs=steps))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _svg(figure: Figure, name: str, label: str) -> Markup:

@@ -1,15 +1,16 @@
 """The decoding loop that every kind of generation shares: prefill and all steps in one compiled program.
 
-The prompts lie right-padded in a buffer of fixed size that also has room for what is generated. Each step runs the whole
-buffer through the model and writes one token a row, inside a `jax.lax.while_loop` that ends when every row has met a stop token.
-The model is causal, so what lies behind a row's last token (padding, and nothing else) changes nothing before it,
-and a row gives the same tokens alone as beside longer ones.
+The prompts lie right-padded in a buffer of fixed size that also has room for what is generated. Each step runs the
+whole buffer through the model and writes one token a row, inside a `jax.lax.while_loop` that ends when every row has
+met a stop token. The model is causal, so what lies behind a row's last token (padding, and nothing else) changes
+nothing before it, and a row gives the same tokens alone as beside longer ones.
 
-The running pass lives inside the body of the loop, around the model's plain forward function: its sites are at the level of
-the loop body's own trace, so an intervention sees `[batch, buffer, ...]` values and their static layer.
+The running pass lives inside the body of the loop, around the model's plain forward function: its sites are at the
+level of the loop body's own trace, so an intervention sees `[batch, buffer, ...]` values and their static layer.
 
-What this costs: a step is as dear as a pass over the whole buffer. A cache of keys and values makes it cheaper and changes nothing of
-what is promised here: an edit is a function of a value, of the positions that it covers and of traced arguments.
+What this costs: a step is as dear as a pass over the whole buffer. A cache of keys and values makes it cheaper and
+changes nothing of what is promised here: an edit is a function of a value, of the positions that it covers and of
+traced arguments.
 
 Hazards:
 
@@ -37,7 +38,7 @@ BUCKET = 16
 """Buffers are a multiple of this many tokens long, unless the model's context is shorter."""
 
 PositionedIntervention = Callable[..., Any]
-"""`(activation, is_prompt, *args) -> value | None`: `is_prompt` is `Bool[Array, "batch seq"]`, true at the prompt's positions."""
+"""`(activation, is_prompt, *args) -> value | None`; `is_prompt`, `[batch seq]`, is true at the prompt's positions."""
 
 
 class Decoded(NamedTuple):
@@ -67,7 +68,8 @@ def encode_prompt(language_model: LanguageModel, prompt: str) -> list[int]:
     ids = language_model.tokenizer.encode(prompt)
     if not ids:
         raise ValueError(
-            f"The prompt {prompt!r} has no token to continue from. Give at least one, for example the end-of-text token as text."
+            f"The prompt {prompt!r} has no token to continue from. "
+            "Give at least one, for example the end-of-text token as text."
         )
     bos_id = language_model.tokenizer.bos_id
     return ids if bos_id is None else [bos_id, *ids]
@@ -99,8 +101,8 @@ def decode(
         max_new_tokens: how many tokens are generated at most, a row.
         temperature: 0 picks the most likely token; above it, tokens are drawn from softmax(logits / temperature).
         keys: one PRNG key a row, or None at temperature 0. Rows with equal keys get equal random numbers.
-        intervention: called at every site that the filters let through, with the activation, the mask of prompt positions
-            and `intervention_args`; None as its result leaves the value alone.
+        intervention: called at every site that the filters let through, with the activation, the mask of prompt
+            positions and `intervention_args`; None as its result leaves the value alone.
         intervention_args: pytrees of arrays, traced: other values of them need no new compilation.
         sites: as for `iterate`.
         layers: as for `iterate`.
@@ -109,8 +111,8 @@ def decode(
         The generated ids of each row, without a stop token.
 
     Raises:
-        ValueError: when a row does not fit the model's context, an id is outside its vocabulary, the numbers make no sense, or the
-            filters match no site.
+        ValueError: when a row does not fit the model's context, an id is outside its vocabulary, the numbers make no
+            sense, or the filters match no site.
         FloatingPointError: when the model's logits are not finite, which a too large edit brings about.
     """
     if not prompt_ids:
@@ -205,7 +207,8 @@ def _decode_compiled(
         return running.retval
 
     def pick(logits: Float[Array, "vocab"], key: Any) -> Int[Array, ""]:
-        # Both are computed and one is kept, so that one program serves every temperature. The bound keeps the division finite.
+        # Both are computed and one is kept, so that one program serves every temperature. The bound keeps the
+        # division finite.
         drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
         return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
 

@@ -6,11 +6,11 @@ An intervention is a function of one `Activation`. It returns the value to go on
         if activation.name == "attn_heads" and activation.layer == 6:
             return activation.value.at[:, :, 3].set(0.0)
 
-It is called while the decoding step is traced, once a site, with traced values `[batch, buffer, ...]`; the buffer holds the
-prompts, what has been generated and padding.
+It is called while the decoding step is traced, once a site, with traced values `[batch, buffer, ...]`; the buffer
+holds the prompts, what has been generated and padding.
 
-Hazard: since what an intervention closes over may have changed between two calls, a call with an intervention compiles anew. Where
-only arrays vary, `steer` compiles once. Without an intervention nothing is compiled twice.
+Hazard: since what an intervention closes over may have changed between two calls, a call with an intervention
+compiles anew. Where only arrays vary, `steer` compiles once. Without an intervention nothing is compiled twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,8 @@ def generate(
         language_model: the model.
         prompts: the texts, of any lengths; each gets the tokenizer's `bos_id` in front where there is one.
         max_new_tokens: how many tokens each gets at most; it ends earlier at the end of a text.
-        temperature: 0 picks the most likely token each time; above it, tokens are drawn from softmax(logits / temperature).
+        temperature: 0 picks the most likely token each time; above it, tokens are drawn from
+            softmax(logits / temperature).
         key: a PRNG key, needed above temperature 0. Prompt i draws with `fold_in(key, i)`.
         intervention: applied at every site of every step; see the module's docstring.
 

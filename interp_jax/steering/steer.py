@@ -61,8 +61,9 @@ class _AddDirection:
         value = activation.value
         if value.ndim != 3 or value.shape[-1] != direction.shape[0]:
             raise ValueError(
-                f"The direction has {direction.shape[0]} entries, but {activation.name} of layer {activation.layer} has shape "
-                f"{value.shape}; expected [batch, seq, {direction.shape[0]}]. Was the direction made for another model or site?"
+                f"The direction has {direction.shape[0]} entries, but {activation.name} of layer {activation.layer} "
+                f"has shape {value.shape}; expected [batch, seq, {direction.shape[0]}]. "
+                "Was the direction made for another model or site?"
             )
         added = coefficients[:, None, None] * direction
         if self.positions != "all":
@@ -88,22 +89,23 @@ def steer(
     Args:
         language_model: the model.
         prompt: the text to continue.
-        direction: what is added, in the activation's units and as wide as the site; or a `SteeringVector`, which says itself
-            at which layer and site.
+        direction: what is added, in the activation's units and as wide as the site; or a `SteeringVector`, which says
+            itself at which layer and site.
         layer: the site's layer. Left out with a `SteeringVector`.
         coefficients: how many times the direction is added; 0 gives the unsteered text.
         site: the site's name. Not looked at with a `SteeringVector`.
         positions: `all`, `prompt` or `generated`.
         max_new_tokens: how many tokens are generated at most.
-        temperature: 0 picks the most likely token each time; above it, tokens are drawn from softmax(logits / temperature).
+        temperature: 0 picks the most likely token each time; above it, tokens are drawn from
+            softmax(logits / temperature).
         key: a PRNG key, needed above temperature 0.
 
     Returns:
         One continuation a coefficient, in the given order.
 
     Raises:
-        ValueError: when the prompt is empty or does not fit the context, there is no such layer or site, the direction is of another
-            width, or a coefficient is not finite.
+        ValueError: when the prompt is empty or does not fit the context, there is no such layer or site, the
+            direction is of another width, or a coefficient is not finite.
         FloatingPointError: when a coefficient is so large that the logits are not finite.
     """
     if isinstance(direction, SteeringVector):

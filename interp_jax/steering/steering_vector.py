@@ -1,4 +1,4 @@
-"""A direction that can be added to a model's stream, with what it needs to be used again: where it acts and whence it came.
+"""A direction that can be added to a model's stream, with what it needs to be used again: its site and its origin.
 
 Saved as one safetensors file, the words in its metadata. Written whole or not at all.
 """

@@ -19,11 +19,13 @@ from interp_jax.report import (
     TrainingCurve,
 )
 
-TEXT = """The river was navigable for small boats as far as the mill, where a weir had been built in 1834 to feed the wheel.↵
-In the spring of that year the council voted to rebuild the bridge in stone, and the old timbers were sold at auction to a
-shipwright from the lower town. Its piers stand on oak piles driven through the gravel into blue clay, and the two middle
-spans are wider than the others so that barges with lowered masts could pass beneath at high water. Travellers noted that the toll
-was taken at the northern gate only, which gave rise to a proverb about paying once for a road that is walked twice."""
+TEXT = """\
+The river was navigable for small boats as far as the mill, where a weir had been built in 1834 to feed the
+wheel.↵ In the spring of that year the council voted to rebuild the bridge in stone, and the old timbers were
+sold at auction to a shipwright from the lower town. Its piers stand on oak piles driven through the gravel
+into blue clay, and the two middle spans are wider than the others so that barges with lowered masts could
+pass beneath at high water. Travellers noted that the toll was taken at the northern gate only, which gave
+rise to a proverb about paying once for a road that is walked twice."""
 
 
 def make_report(n_latents: int = 20, seed: int = 0) -> DemoReport:
@@ -78,8 +80,11 @@ def make_report(n_latents: int = 20, seed: int = 0) -> DemoReport:
         ),
         densities=tuple(np.where(rng.random(4608) < 0.02, 0.0, 10 ** rng.normal(-2.6, 0.6, 4608)).clip(0, 1).tolist()),
         loop=LoopExample(
-            code='for layer, name, value in (running := ij.iterate(model)(params, tokens)):\n    if name == "mlp_out" and layer == 6:\n'
-            "        running.modified_value = value.at[:, 17].set(0.0)\n",
+            code=(
+                "for layer, name, value in (running := ij.iterate(model)(params, tokens)):\n"
+                '    if name == "mlp_out" and layer == 6:\n'
+                "        running.modified_value = value.at[:, 17].set(0.0)\n"
+            ),
             output="layer  0  1.234\nlayer  1  5.678",
         ),
         sites=(
@@ -91,8 +96,8 @@ def make_report(n_latents: int = 20, seed: int = 0) -> DemoReport:
             SteeringSample(
                 prompt=prompt,
                 latent=1234,
-                description="Added at every position of resid_post of layer 15; a coefficient of 1 is the decoder row, of norm 1.",
-                unsteered=" was a small place with a market on Thursdays, and nothing in it had changed for as long as anyone knew.",
+                description="Added at every position; a coefficient of 1 is the decoder row, of norm 1.",
+                unsteered=" was a small place with a market on Thursdays, and nothing in it had ever changed.",
                 steered=(
                     SteeredText(
                         20.0, " was a river town, built where two streams met below the old stone bridge of the mill."
