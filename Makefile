@@ -1,0 +1,78 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`. Each makes the environment that it needs, once.
+PYTHON ?= python3
+VENV := .venv
+NEWEST := .venv-newest
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+INSTALL := $(UV) pip install --quiet
+
+.PHONY: demo test test-fast test-slow test-newest lint format docs docs-serve bench constraints clean
+
+demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index.html
+	$(BIN)/interp-jax demo --resume
+
+test: test-fast test-slow ## every test that needs no accelerator
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+test-newest: ## the fast tests on the newest JAX, where a Python of at least 3.12 is found
+	@python=$$(sh .ci/newest-python); \
+	if [ -z "$$python" ]; then echo "No Python >= 3.12 found: the fast tests were not run on the newest JAX."; exit 0; fi; \
+	set -e; \
+	if [ ! -x $(NEWEST)/bin/python ]; then "$$python" -m venv $(NEWEST); $(NEWEST)/bin/python -m pip install --quiet uv; fi; \
+	$(NEWEST)/bin/uv pip install --quiet --upgrade --python $(NEWEST)/bin/python -e '.[dev]'; \
+	$(NEWEST)/bin/interp-jax data get wikipedia; \
+	$(NEWEST)/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"; \
+	$(NEWEST)/bin/python -m pytest -m "not slow and not demo"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs ## the documentation, into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
+bench: $(VENV)/.dev ## benchmarks, each beside its peer
+	$(BIN)/python -m benchmarks.instrument
+	$(BIN)/python -m benchmarks.sae
+	$(BIN)/python -m benchmarks.pursuit
+
+constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
+	$(UV) pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --upgrade \
+	  --extra demo --extra dev --extra docs -o constraints.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.uv:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  { echo "interp_jax needs Python >= 3.11, but $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=python3.11 demo"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.uv
+	$(INSTALL) --python $(BIN)/python -c constraints.txt -e '.[demo]'
+	$(BIN)/interp-jax data get smollm2
+	$(BIN)/interp-jax data get wikipedia
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(INSTALL) --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(INSTALL) --python $(BIN)/python -c constraints.txt -e '.[demo,docs]'
+	@touch $@
