@@ -1,0 +1,96 @@
+"""Patching a module as it is executed for the first time.
+
+A finder at the head of `sys.meta_path` asks the other finders for the module and puts a loader around theirs, which runs the patched
+text in the place of the module's own. Whatever imports the module afterwards, and every name that is taken out of it, is
+thus patched; nothing of the unpatched module ever exists. The module keeps its own loader and spec.
+
+If a patch does not match, the import fails and will fail again: a model that silently lacks its sites is worse than none.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from interp_jax.patching.errors import AlreadyImportedError
+from interp_jax.patching.patched_module import PatchedModule, Request, find_source, lock, register
+
+_waiting: dict[str, list[Request]] = {}
+
+
+class _PatchingFinder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not _waiting.get(fullname):
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _PatchingFinder) or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _PatchingLoader(spec.loader)
+                return spec
+        return None
+
+
+class _PatchingLoader(importlib.abc.Loader):
+    def __init__(self, loader: Any):
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        name = module.__name__
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        with lock:
+            requests = list(_waiting.get(name, ()))
+        state = PatchedModule(name, find_source(name, module, self._loader), None)
+        state.run_patched(module, requests)
+        with lock:
+            _waiting.pop(name, None)
+            register(state)
+
+
+def wait_for(name: str, request: Request) -> None:
+    """Patches a module when it is imported.
+
+    Args:
+        name: the module, which must not have been imported.
+        request: the patches.
+
+    Raises:
+        AlreadyImportedError: it has been.
+    """
+    with lock:
+        if name in sys.modules:
+            raise AlreadyImportedError(
+                f"Module {name!r} has been imported already, so it cannot be patched on import. Ask for it before the first "
+                "import, or patch it in place with install()."
+            )
+        _waiting.setdefault(name, []).append(request)
+        if not any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _PatchingFinder())
+
+
+def stop_waiting(name: str, request: Request) -> bool:
+    """Takes back `wait_for`. Returns whether the module was still waited for."""
+    with lock:
+        requests = _waiting.get(name, [])
+        if request not in requests:
+            return False
+        requests.remove(request)
+        if not requests:
+            _waiting.pop(name, None)
+        if not _waiting:
+            sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PatchingFinder)]
+        return True

@@ -1,0 +1,439 @@
+"""One module and all that is patched in it.
+
+The state is a list of *requests* (one a patcher), and everything else follows from it: the edits of all requests are found in the
+original source, made together, compiled once, and the code objects that differ from those now running are put into the live
+functions. So patches never match each other's output, patchers may be taken back in any order, and with none left every function has
+the very code object that it was imported with.
+
+Everything that can fail is done before the first function is touched.
+"""
+
+import ast
+import builtins
+import dataclasses
+import importlib
+import linecache
+import sys
+import symtable
+import threading
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from interp_jax.patching.code_objects import Key, body_signature, codes_by_key, is_function, live_functions
+from interp_jax.patching.errors import ConflictError, DefinitionError, MemberError, PatchError, SourceError
+from interp_jax.patching.layout import Layout, lay_out
+from interp_jax.patching.matching import equal
+from interp_jax.patching.pair import ParsedPair
+from interp_jax.patching.retrace import patches_changed
+from interp_jax.patching.rewriting import TextRewriter, TreeRewriter, check_conflicts
+from interp_jax.patching.source_text import SourceText
+
+lock = threading.RLock()
+"""Held while anything is patched or taken back."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """What one patcher wants of one module."""
+
+    pairs: tuple[ParsedPair, ...]
+    imports: tuple[str, ...]
+    """Import statements whose names the new code uses."""
+    versions: object
+    """Prints what is known about versions, for errors."""
+
+
+class PatchedModule:
+    """The patches on one module, which need not be imported yet."""
+
+    def __init__(self, name: str, source: SourceText, namespace: dict[str, Any] | None):
+        self.name = name
+        self.source = source
+        self.requests: list[Request] = []
+        self._namespace = namespace
+        self._pristine = _compile(source.tree, source.filename)
+        self._now = self._pristine
+        # For code that was running before the first patch: our compilation is equal to it and not identical.
+        self._imported: dict[Key, types.CodeType] = {}
+        self._key_of: dict[int, Key] = {}
+        self._keep_alive: list[types.CodeType] = []
+        self._injected: dict[str, Any] = {}
+        self._linecache_before: Any = None
+        self._shown: list[str] | None = None
+
+    # -------------------------------------------------------------- the two ways to patch
+
+    def set_requests(self, requests: Sequence[Request]) -> None:
+        """Makes these and no others the patches of a module that has run.
+
+        Args:
+            requests: all that shall be active, in order.
+
+        Raises:
+            PatchError: they cannot all be made. Nothing has changed then.
+        """
+        namespace = self._namespace
+        assert namespace is not None
+        layout = self._rewritten(requests)
+        tree = self.source.tree if layout is None else layout.parse(self.source.filename)
+        code = self._pristine if layout is None else _compile(tree, self.source.filename)
+        swaps = self._swaps(tree, code)
+        injected = self._imports(requests, namespace)
+        self._check_shadowing(injected, [new for _, new in swaps])
+
+        before = _active()
+        for name in self._injected.keys() - injected.keys():
+            namespace.pop(name, None)
+        namespace.update(injected)
+        for function, new in swaps:
+            function.__code__ = new
+        self._now, self._injected, self.requests = code, injected, list(requests)
+        self._show(layout)
+        patches_changed(before, _active())
+
+    def run_patched(self, module: types.ModuleType, requests: Sequence[Request]) -> None:
+        """Runs the module for the first time, patched.
+
+        Args:
+            module: the new, empty module.
+            requests: the patches.
+
+        Raises:
+            PatchError: they cannot all be made. The module has not run then.
+        """
+        layout = self._rewritten(requests)
+        code = self._pristine if layout is None else _compile(layout.parse(self.source.filename), self.source.filename)
+        injected = self._imports(requests, {})
+        own = _names_bound_by(self.source)
+        for name in injected.keys() & own:
+            raise _name_taken(name, self.name)
+        self._check_shadowing(injected, [c for k, c in codes_by_key(code).items() if self._differs(k, c)])
+        namespace = vars(module)
+        namespace.update(injected)
+        self._show(layout)
+        try:
+            exec(code, namespace)
+        except BaseException:
+            self._show(None)
+            raise
+        self._namespace, self._now, self._injected, self.requests = namespace, code, injected, list(requests)
+        self._remember(code)
+
+    # -------------------------------------------------------------- planning
+
+    def _rewritten(self, requests: Sequence[Request]) -> Layout | None:
+        source = self.source
+        edits = []
+        for request in requests:
+            for pair in request.pairs:
+                if not source.definitions(pair.member):
+                    raise MemberError(missing_member(source, pair.member) + f"\n{request.versions}")
+                edits += pair.edits(source, request.versions)
+        if not edits:
+            return None
+        check_conflicts(source, edits)
+        origins = ", ".join(sorted({str(edit.after.origin) for edit in edits}))
+        try:
+            layout = lay_out(source, TextRewriter(source, edits).render(0, len(source.text)))
+            tree = layout.parse(source.filename)
+        except SyntaxError as error:
+            raise PatchError(
+                f"{source.filename}:{error.lineno}: with the patches at {origins} the module is no longer Python: "
+                f"{error.msg}\n    {(error.text or '').rstrip()}\nA replacement must fit the place that its pattern matches."
+            ) from None
+        expected = TreeRewriter(edits).rebuild(source.tree)
+        if not equal(_without_pass(expected), _without_pass(tree)):
+            raise PatchError(
+                f"{source.filename}: the patches at {origins} could not be written out as text faithfully. This is a fault of "
+                "interp_jax.patching; please report it with the pairs."
+            )
+        return layout
+
+    def _differs(self, key: Key, code: types.CodeType) -> bool:
+        return codes_by_key(self._pristine).get(key) != code
+
+    def _swaps(self, tree: ast.Module, code: types.CodeType) -> list[tuple[types.FunctionType, types.CodeType]]:
+        """Which live function gets which code."""
+        assert self._namespace is not None
+        now, new = codes_by_key(self._now), codes_by_key(code)
+        for key, old in now.items():
+            if not is_function(old) and (key not in new or body_signature(old) != body_signature(new[key])):
+                raise DefinitionError(
+                    f"{self.source.filename}: a patch changes what {_place(key)} does as it is executed (a decorator, a default "
+                    f"value, a base class, an assignment), and {self.name} has run already. Patch it with "
+                    "install_on_import() before it is imported."
+                )
+        swaps: list[tuple[types.FunctionType, types.CodeType]] = []
+        counts = _count_by_name(now), _count_by_name(new)
+        pristine = codes_by_key(self._pristine)
+        for function in live_functions(self._namespace):
+            key = self._key(function.__code__, now)
+            if key is None or key not in new or counts[0][key[0]] != counts[1][key[0]]:
+                continue
+            wanted = new[key]
+            if wanted == pristine.get(key):
+                wanted = self._imported.get(key, wanted)
+            if wanted == function.__code__ and wanted.co_filename == function.__code__.co_filename:
+                continue
+            swaps.append((function, self._with_closure(tree, function, wanted)))
+        return swaps
+
+    def _key(self, code: types.CodeType, now: dict[Key, types.CodeType]) -> Key | None:
+        known = self._key_of.get(id(code))
+        if known is not None:
+            return known
+        same_name = [k for k in now if k[0] == code.co_qualname]
+        at_line = [k for k in same_name if now[k].co_firstlineno == code.co_firstlineno]
+        exact = [k for k in at_line if now[k].co_code == code.co_code and now[k].co_consts == code.co_consts]
+        found = exact if len(exact) == 1 else at_line
+        if len(found) != 1 or code.co_name == "<module>":
+            return None
+        key = found[0]
+        self._key_of[id(code)] = key
+        self._keep_alive.append(code)
+        self._imported.setdefault(key, code)
+        return key
+
+    def _remember(self, code: types.CodeType) -> None:
+        for key, each in codes_by_key(code).items():
+            self._key_of[id(each)] = key
+            self._keep_alive.append(each)
+
+    def _with_closure(self, tree: ast.Module, function: types.FunctionType, code: types.CodeType) -> types.CodeType:
+        """The code with exactly the free variables that the live function has cells for."""
+        has, wants = set(function.__code__.co_freevars), set(code.co_freevars)
+        if wants - has:
+            names = ", ".join(sorted(wants - has))
+            raise DefinitionError(
+                f"{self.source.filename}:{code.co_firstlineno}: the patched {code.co_qualname} uses {names} from the scope around "
+                "it, which the running function does not hold. Patch it with install_on_import() before it is imported."
+            )
+        if has - wants:
+            keeper = _KeepNames(code.co_firstlineno, code.co_name, sorted(has))
+            recompiled = codes_by_key(_compile(ast.fix_missing_locations(keeper.visit(tree)), self.source.filename))
+            code = next(c for k, c in recompiled.items() if k == self._key(function.__code__, {}))
+        self._key_of[id(code)] = self._key_of[id(function.__code__)]
+        self._keep_alive.append(code)
+        return code
+
+    # -------------------------------------------------------------- names
+
+    def _imports(self, requests: Sequence[Request], namespace: dict[str, Any]) -> dict[str, Any]:
+        injected: dict[str, Any] = {}
+        for statement in dict.fromkeys(s for request in requests for s in request.imports):
+            for name, value in imported_names(statement).items():
+                if injected.get(name, value) is not value:
+                    raise ConflictError(
+                        f"{self.name}: two patches import different things as {name!r}; rename one with `as`."
+                    )
+                if name in namespace and name not in self._injected:
+                    raise _name_taken(name, self.name)
+                injected[name] = value
+        return injected
+
+    def _check_shadowing(self, injected: dict[str, Any], codes: Sequence[types.CodeType]) -> None:
+        for code in codes:
+            for name in injected.keys() & {*code.co_varnames, *code.co_cellvars, *code.co_freevars}:
+                raise ConflictError(
+                    f"{self.source.filename}:{code.co_firstlineno}: {code.co_qualname} has a variable {name!r} of its own, and a "
+                    f"patch imports that name. Import it as another one: `from ... import {name} as ij_{name}`."
+                )
+
+    # -------------------------------------------------------------- what tools see
+
+    def _show(self, layout: Layout | None) -> None:
+        filename = self.source.filename
+        entry = linecache.cache.get(filename)
+        if self._shown is None:
+            self._linecache_before = entry
+        elif entry is None or entry[2] is not self._shown:  # pyright: ignore[reportGeneralTypeIssues]
+            self._linecache_before = None
+        if layout is None:
+            if self._shown is not None:
+                if self._linecache_before is None:
+                    linecache.cache.pop(filename, None)
+                else:
+                    linecache.cache[filename] = self._linecache_before
+            self._shown = None
+            return
+        lines = [line for line in layout.entries if line]
+        # No modification time: linecache takes it for text that is not from a disk, and does not drop it for the file.
+        linecache.cache[filename] = (len(layout.text), None, lines, filename)
+        self._shown = lines
+
+
+def _compile(tree: ast.Module, filename: str) -> types.CodeType:
+    return compile(tree, filename, "exec", dont_inherit=True)
+
+
+def _count_by_name(codes: dict[Key, types.CodeType]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, _ in codes:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _place(key: Key) -> str:
+    return "the module" if key[0] == "<module>" else f"the body of {key[0]}"
+
+
+def _without_pass(tree: ast.Module) -> ast.Module:
+    """`pass` stands where a removal left nothing; it is no part of the program."""
+    for node in ast.walk(tree):
+        for _, block in ast.iter_fields(node):
+            if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
+                block[:] = [statement for statement in block if not isinstance(statement, ast.Pass)]
+    return tree
+
+
+class _KeepNames(ast.NodeTransformer):
+    """Mentions names in a function, at no cost, so that they stay its free variables."""
+
+    def __init__(self, line: int, name: str, names: Sequence[str]):
+        self._line, self._name, self._names = line, name, names
+
+    def visit_FunctionDef(self, node: Any) -> Any:
+        self.generic_visit(node)
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        if first == self._line and node.name == self._name:
+            last = node.body[-1]
+            mention = ast.Tuple([ast.Name(name, ast.Load()) for name in self._names], ast.Load())
+            dead = ast.If(ast.Constant(False), [ast.Expr(mention)], [])
+            node.body.append(ast.copy_location(dead, last))
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+
+def imported_names(statement: str) -> dict[str, Any]:
+    """Carries out one import statement.
+
+    Args:
+        statement: `import a.b`, `import a.b as c` or `from a import b as c`.
+
+    Returns:
+        The names that it binds, and what to.
+
+    Raises:
+        PatchError: it is no import statement, or the import fails.
+    """
+    try:
+        body = ast.parse(statement.strip()).body
+    except SyntaxError:
+        body = []
+    if len(body) != 1 or not isinstance(body[0], ast.Import | ast.ImportFrom) or getattr(body[0], "level", 0):
+        raise PatchError(
+            f"{statement!r} is not one absolute import statement, such as 'from interp_jax.instrument import site'."
+        )
+    node = body[0]
+    names: dict[str, Any] = {}
+    try:
+        for alias in node.names:
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                names[alias.asname or alias.name] = getattr(module, alias.name)
+            else:
+                module = importlib.import_module(alias.name)
+                top = alias.name.split(".")[0]
+                names[alias.asname or top] = module if alias.asname else importlib.import_module(top)
+    except ImportError as error:
+        raise PatchError(f"The import that a patch needs fails: {statement.strip()}: {error}") from error
+    return names
+
+
+def missing_member(source: SourceText, member: str) -> str:
+    """Says that a module does not define a member, and what it does define that is similar."""
+    import difflib
+
+    names = source.member_names()
+    parts = member.split(".")
+    similar = (
+        difflib.get_close_matches(member, names, n=4, cutoff=0.5)
+        or [name for name in names if name.split(".")[-1] == parts[-1]][:4]
+    )
+    hint = f"Similar: {', '.join(similar)}." if similar else f"It defines: {', '.join(names[:20]) or 'nothing'}."
+    text = f"{source.filename} defines no member {member!r}. {hint}"
+    if len(parts) > 1 and source.definitions(".".join(parts[:-1])):
+        text += f" If {parts[-1]} is inherited, patch the class that defines it."
+    return text
+
+
+def _names_bound_by(source: SourceText) -> set[str]:
+    table = symtable.symtable(source.text, source.filename, "exec")
+    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+
+
+def _name_taken(name: str, module: str) -> ConflictError:
+    return ConflictError(
+        f"A patch imports {name!r} into {module}, which has that name already. Import it as another one: "
+        f"`from ... import {name} as ij_{name}`."
+    )
+
+
+def find_source(name: str, module: types.ModuleType | None, loader: Any) -> SourceText:
+    """Finds a module's source text.
+
+    Args:
+        name: the module's name.
+        module: the module, if it has been imported.
+        loader: its loader, if it has one.
+
+    Returns:
+        The text and the file name that its code carries.
+
+    Raises:
+        SourceError: there is none: the module is built in, frozen, compiled or was typed in.
+    """
+    filename = getattr(module, "__file__", None) or getattr(loader, "path", None)
+    text: str | None = None
+    if hasattr(loader, "get_source"):
+        try:
+            text = loader.get_source(name)
+        except ImportError:
+            text = None
+        if filename is None and text is not None and hasattr(loader, "get_filename"):
+            filename = loader.get_filename(name)
+    if text is None and filename is not None and not filename.endswith((".so", ".pyd")):
+        text = "".join(linecache.getlines(filename)) or None
+    if name in sys.builtin_module_names or text is None or filename is None:
+        kind = "built in" if name in sys.builtin_module_names else f"loaded by {type(loader).__name__} from {filename}"
+        raise SourceError(
+            f"The source of module {name!r} cannot be found ({kind}), so it cannot be patched. Only modules written in Python can."
+        )
+    return SourceText(text, filename)
+
+
+_modules: dict[str, PatchedModule] = {}
+
+
+def _active() -> frozenset[int]:
+    return frozenset(id(request) for module in _modules.values() for request in module.requests)
+
+
+def patched_module(name: str) -> PatchedModule | None:
+    """The patches on a module, if there have been any."""
+    return _modules.get(name)
+
+
+def patched_module_of(module: types.ModuleType) -> PatchedModule:
+    """The patches on an imported module; none yet is fine.
+
+    Raises:
+        SourceError: its source cannot be found.
+    """
+    name = module.__name__
+    state = _modules.get(name)
+    if state is None or state._namespace is not vars(module):  # pyright: ignore[reportPrivateUsage]
+        if module is builtins:
+            raise SourceError("The module 'builtins' is written in C and cannot be patched.")
+        loader = getattr(getattr(module, "__spec__", None), "loader", None) or getattr(module, "__loader__", None)
+        state = _modules[name] = PatchedModule(name, find_source(name, module, loader), vars(module))
+    return state
+
+
+def register(state: PatchedModule) -> None:
+    """Remembers the patches on a module that was patched as it was imported."""
+    _modules[state.name] = state

@@ -1,0 +1,123 @@
+"""A module's source text beside its tree: where a node stands in the text, and where a member is defined.
+
+The tree counts columns in UTF-8 bytes and lines by `\\n` alone; the text here is indexed by character. All such arithmetic
+is in this file.
+"""
+
+import ast
+import bisect
+import functools
+from collections.abc import Iterator
+
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class SourceText:
+    """The text of one module, its lines and its tree."""
+
+    def __init__(self, text: str, filename: str):
+        self.text = text
+        self.filename = filename
+        self.tree = ast.parse(text, filename)
+        self.lines = text.split("\n")
+        """Without their ends. The last one is empty where the text ends in a newline."""
+        self._starts = [0]
+        for line in self.lines:
+            self._starts.append(self._starts[-1] + len(line) + 1)
+
+    def offset(self, line: int, column: int) -> int:
+        """The index in the text of a tree's (line, column in bytes)."""
+        text = self.lines[line - 1]
+        characters = column if text.isascii() else len(text.encode()[:column].decode())
+        return self._starts[line - 1] + characters
+
+    def line_at(self, offset: int) -> int:
+        """The line on which a character of the text stands, counted from 1."""
+        return bisect.bisect_right(self._starts, offset)
+
+    def line_start(self, offset: int) -> int:
+        """The index of the first character of the line on which a character stands."""
+        return self._starts[self.line_at(offset) - 1]
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        """Where a node stands in the text, decorators included."""
+        start = self.offset(node.lineno, node.col_offset)  # pyright: ignore[reportAttributeAccessIssue]
+        decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+        if decorators:
+            first = self.offset(decorators[0].lineno, decorators[0].col_offset)
+            start = self.text.rindex("@", 0, first)
+        return start, self.offset(node.end_lineno, node.end_col_offset)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @functools.cached_property
+    def lines_inside_strings(self) -> frozenset[int]:
+        """Lines that begin inside a string literal: their leading blanks are data."""
+        return lines_inside_strings(self.tree)
+
+    def is_first_on_line(self, offset: int) -> bool:
+        """Whether nothing but blanks stands before this character on its line."""
+        return not self.text[self.line_start(offset) : offset].strip()
+
+    def definitions(self, member: str) -> list[ast.stmt]:
+        """All statements that define a member.
+
+        Args:
+            member: dotted: `f`, `Class.method`, `Outer.Inner.method`, `function.inner`.
+
+        Returns:
+            The definitions in the order of the source: several for a property's accessors, overloads or the branches of an
+            `if`; none where the source does not define it.
+        """
+        scopes: list[ast.AST] = [self.tree]
+        found: list[ast.stmt] = []
+        names = member.split(".")
+        for depth, name in enumerate(names):
+            last = depth == len(names) - 1
+            found = [s for scope in scopes for s in _statements_of(scope) if _defines(s, name, assignments=last)]
+            scopes = list(found)
+        return found
+
+    def member_names(self) -> list[str]:
+        """The dotted names of everything that can be patched, for messages."""
+        names: list[str] = []
+
+        def walk(scope: ast.AST, prefix: str) -> None:
+            for statement in _statements_of(scope):
+                if isinstance(statement, _Definition):
+                    names.append(prefix + statement.name)
+                    if isinstance(statement, ast.ClassDef):
+                        walk(statement, prefix + statement.name + ".")
+
+        walk(self.tree, "")
+        return names
+
+
+def _statements_of(scope: ast.AST) -> Iterator[ast.stmt]:
+    """The statements that run in a scope itself: inside its `if`, `try` and `with`, and not inside its definitions."""
+    for _, value in ast.iter_fields(scope):
+        for item in value if isinstance(value, list) else []:
+            if isinstance(item, ast.stmt):
+                yield item
+                if not isinstance(item, _Definition):
+                    yield from _statements_of(item)
+            elif isinstance(item, ast.ExceptHandler | ast.match_case):
+                yield from _statements_of(item)
+
+
+def _defines(statement: ast.stmt, name: str, *, assignments: bool) -> bool:
+    if isinstance(statement, _Definition):
+        return statement.name == name
+    if assignments and isinstance(statement, ast.Assign):
+        return any(isinstance(target, ast.Name) and target.id == name for target in statement.targets)
+    if assignments and isinstance(statement, ast.AnnAssign):
+        return isinstance(statement.target, ast.Name) and statement.target.id == name
+    return False
+
+
+def lines_inside_strings(tree: ast.AST) -> frozenset[int]:
+    """Lines of a tree's source that begin inside a string literal."""
+    inside: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)):
+            inside.update(range(node.lineno + 1, (node.end_lineno or node.lineno) + 1))
+    return frozenset(inside)
