@@ -1,9 +1,9 @@
 """Code objects: which one belongs to which function, and which live functions run it.
 
-A function is patched by giving it another code object. That reaches every alias, every bound method, every wrapper around it and every
-object made before, because all of them hold the *function*. Functions are found through the garbage collector: a
-decorator may have hidden one in a closure, or copied it, and either way it is still a function with the module's
-globals and the old code.
+A function is patched by giving it another code object. That reaches every alias, every bound method, every wrapper
+around it and every object made before, because all of them hold the *function*. Functions are found through the garbage
+collector: a decorator may have hidden one in a closure, or copied it, and either way it is still a function with the
+module's globals and the old code.
 """
 
 import gc

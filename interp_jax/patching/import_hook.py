@@ -1,10 +1,11 @@
 """Patching a module as it is executed for the first time.
 
-A finder at the head of `sys.meta_path` asks the other finders for the module and puts a loader around theirs, which runs the patched
-text in the place of the module's own. Whatever imports the module afterwards, and every name that is taken out of it, is
-thus patched; nothing of the unpatched module ever exists. The module keeps its own loader and spec.
+A finder at the head of `sys.meta_path` asks the other finders for the module and puts a loader around theirs, which
+runs the patched text in the place of the module's own. Whatever imports the module afterwards, and every name that is
+taken out of it, is thus patched; nothing of the unpatched module ever exists. The module keeps its own loader and spec.
 
-If a patch does not match, the import fails and will fail again: a model that silently lacks its sites is worse than none.
+If a patch does not match, the import fails and will fail again: a model that silently lacks its sites is worse than
+none.
 """
 
 import importlib.abc
@@ -74,7 +75,8 @@ def wait_for(name: str, request: Request) -> None:
     with lock:
         if name in sys.modules:
             raise AlreadyImportedError(
-                f"Module {name!r} has been imported already, so it cannot be patched on import. Ask for it before the first "
+                f"Module {name!r} has been imported already, so it cannot be patched on import. Ask for it "
+                f"before the first "
                 "import, or patch it in place with install()."
             )
         _waiting.setdefault(name, []).append(request)

@@ -1,22 +1,27 @@
 """Laying out new text so that every line that was kept has the number that it had.
 
 A function's code object has one file name and one run of line numbers; tools read the text by that name and number (the
-`linecache` module). So the patched text must have exactly as many lines as the source, with each kept line in its old place:
-then a traceback, a breakpoint, `inspect.getsource` of a function, of its class or of the whole module and an editor that opens the
-file all agree. Where a replacement is shorter than what it replaces, blank lines fill the gap. Where it is longer, in this order:
+`linecache` module). So the patched text must have exactly as many lines as the source, with each kept line in its old
+place: then a traceback, a breakpoint, `inspect.getsource` of a function, of its class or of the whole module and an
+editor that opens the file all agree. Where a replacement is shorter than what it replaces, blank lines fill the gap.
+Where it is longer, in this order:
 
 1. blank lines next to it give way;
 2. simple statements share a line: `a = f(x); a = site(a)`;
-3. what still does not fit (a statement before a `for`, say) is *folded*: linecache holds a list of lines, and one entry of
-   it may hold several. `inspect`, `pdb` and `traceback` show all of them. The one thing that this breaks is `inspect.getsource` of
-   a *class* further down in the same file before Python 3.13, which counts lines in the joined text.
+3. what still does not fit (a statement before a `for`, say) is *folded*: linecache holds a list of lines, and one entry
+   of
+   it may hold several. `inspect`, `pdb` and `traceback` show all of them. The one thing that this breaks is
+   `inspect.getsource` of a *class* further down in the same file before Python 3.13, which counts lines in the joined
+   text.
 
-A code object cannot name two files, so what comes from a patch says so in a comment at its end: file and line of the patch.
+A code object cannot name two files, so what comes from a patch says so in a comment at its end: file and line of the
+patch.
 """
 
 import ast
 import dataclasses
 import io
+import itertools
 import tokenize
 from collections.abc import Sequence
 
@@ -229,7 +234,7 @@ def _entries(lines: list[_Line], count: int) -> list[str]:
 
 def _join_one(before: _Cell | None, free: list[_Cell], after: _Cell | None, joinable: frozenset[int]) -> bool:
     """Puts two neighbouring simple statements on one line; False where none are left that can."""
-    for left, right in zip(free, free[1:], strict=False):
+    for left, right in itertools.pairwise(free):
         if left.last in joinable:
             left.join(right)
             free.remove(right)
@@ -277,7 +282,7 @@ def _joinable(lines: list[_Line]) -> frozenset[int]:
         for _, block in ast.iter_fields(node):
             if not isinstance(block, list) or not block or not isinstance(block[0], ast.stmt):
                 continue
-            for first, second in zip(block, block[1:], strict=False):
+            for first, second in itertools.pairwise(block):
                 end = first.end_lineno
                 apart = end in commented or second.lineno != end + 1 or not (_is_simple(first) and _is_simple(second))
                 if not apart and not lines[end - 1].text.rstrip().endswith(";"):

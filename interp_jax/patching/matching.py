@@ -1,9 +1,9 @@
 """Matching patterns on syntax trees.
 
-Two nodes match if they are of one kind and their parts match; layout, comments, quotes and the load/store distinction do not
-count, so a pattern that is a target in one place and a value in another matches both. The arguments of a call are one
-sequence in the order in which they are written, keyword arguments included, so `f($...before, dtype=$t, $...after)` says what
-it seems to say.
+Two nodes match if they are of one kind and their parts match; layout, comments, quotes and the load/store distinction
+do not count, so a pattern that is a target in one place and a value in another matches both. The arguments of a call
+are one sequence in the order in which they are written, keyword arguments included, so `f($...before, dtype=$t,
+$...after)` says what it seems to say.
 
 A metavariable that occurs twice must bind equal code both times. Runs are tried shortest first.
 """
@@ -114,9 +114,9 @@ def _match(pattern: Any, node: Any, bindings: Bindings) -> Iterator[Bindings]:
         return
     if not isinstance(pattern, ast.AST):
         # 1, 1.0 and True are equal and not the same; nan is the same and not equal.
-        if type(pattern) is type(node) and (pattern == node or repr(pattern) == repr(node)):
-            if not isinstance(pattern, float | complex) or repr(pattern) == repr(node):
-                yield bindings
+        is_number = isinstance(pattern, float | complex)
+        if type(pattern) is type(node) and (repr(pattern) == repr(node) if is_number else pattern == node):
+            yield bindings
         return
     if type(pattern) is not type(node):
         return

@@ -18,7 +18,8 @@ def nearest_as_diff(source: SourceText, roots: Sequence[ast.stmt], pattern: Patt
         is_expression: compare with expressions; otherwise with as many statements in a row as the pattern has.
 
     Returns:
-        A diff with `-` for the pattern and `+` for the source, and the source's line; or a sentence if there is nothing to show.
+        A diff with `-` for the pattern and `+` for the source, and the source's line; or a sentence if there is nothing
+        to show.
     """
     best = ""
     line = 0

@@ -110,8 +110,9 @@ def pairs_of(given: Sequence[str | Pair | tuple[str, str]], member: str) -> list
         first = rest.pop(0)
         if isinstance(first, Pair):
             pairs.append(first)
-        elif isinstance(first, str) and rest and isinstance(rest[0], str):
-            pairs.append(Pair(first, rest.pop(0)))
+        elif isinstance(first, str) and rest and isinstance(second := rest[0], str):
+            pairs.append(Pair(first, second))
+            del rest[0]
         elif isinstance(first, tuple) and len(first) == 2:
             pairs.append(Pair(*first))
         else:

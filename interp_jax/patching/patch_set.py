@@ -18,8 +18,8 @@ after = 'site(self.embed_tokens(input_ids.astype("i4")), "embed")'
 
 Files are looked for in the checkout's `patches/` and in the wheel's `interp_jax/patches/`.
 
-Reading a set parses its patterns, so a fault in one is found there, with its line. A set holds code that will run in the
-library's modules: install only sets that you would import.
+Reading a set parses its patterns, so a fault in one is found there, with its line. A set holds code that will run in
+the library's modules: install only sets that you would import.
 """
 
 import dataclasses
@@ -124,7 +124,8 @@ def install(name: str) -> PatchSet:
 
     Raises:
         UnknownPatchSetError: there is none of that name.
-        PatchError: a module that has been imported cannot be patched; then no module is. For the others, their import raises it.
+        PatchError: a module that has been imported cannot be patched; then no module is. For the others, their import
+            raises it.
     """
     with lock:
         if name in _installed:

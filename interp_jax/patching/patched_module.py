@@ -1,9 +1,9 @@
 """One module and all that is patched in it.
 
-The state is a list of *requests* (one a patcher), and everything else follows from it: the edits of all requests are found in the
-original source, made together, compiled once, and the code objects that differ from those now running are put into the live
-functions. So patches never match each other's output, patchers may be taken back in any order, and with none left every function has
-the very code object that it was imported with.
+The state is a list of *requests* (one a patcher), and everything else follows from it: the edits of all requests are
+found in the original source, made together, compiled once, and the code objects that differ from those now running are
+put into the live functions. So patches never match each other's output, patchers may be taken back in any order, and
+with none left every function has the very code object that it was imported with.
 
 Everything that can fail is done before the first function is touched.
 """
@@ -13,8 +13,8 @@ import builtins
 import dataclasses
 import importlib
 import linecache
-import sys
 import symtable
+import sys
 import threading
 import types
 from collections.abc import Sequence
@@ -140,12 +140,14 @@ class PatchedModule:
         except SyntaxError as error:
             raise PatchError(
                 f"{source.filename}:{error.lineno}: with the patches at {origins} the module is no longer Python: "
-                f"{error.msg}\n    {(error.text or '').rstrip()}\nA replacement must fit the place that its pattern matches."
+                f"{error.msg}\n    {(error.text or '').rstrip()}\nA replacement must fit the place that its "
+                f"pattern matches."
             ) from None
         expected = TreeRewriter(edits).rebuild(source.tree)
         if not equal(_without_pass(expected), _without_pass(tree)):
             raise PatchError(
-                f"{source.filename}: the patches at {origins} could not be written out as text faithfully. This is a fault of "
+                f"{source.filename}: the patches at {origins} could not be written out as text faithfully. This "
+                f"is a fault of "
                 "interp_jax.patching; please report it with the pairs."
             )
         return layout
@@ -160,7 +162,8 @@ class PatchedModule:
         for key, old in now.items():
             if not is_function(old) and (key not in new or body_signature(old) != body_signature(new[key])):
                 raise DefinitionError(
-                    f"{self.source.filename}: a patch changes what {_place(key)} does as it is executed (a decorator, a default "
+                    f"{self.source.filename}: a patch changes what {_place(key)} does as it is executed (a "
+                    f"decorator, a default "
                     f"value, a base class, an assignment), and {self.name} has run already. Patch it with "
                     "install_on_import() before it is imported."
                 )
@@ -206,7 +209,8 @@ class PatchedModule:
         if wants - has:
             names = ", ".join(sorted(wants - has))
             raise DefinitionError(
-                f"{self.source.filename}:{code.co_firstlineno}: the patched {code.co_qualname} uses {names} from the scope around "
+                f"{self.source.filename}:{code.co_firstlineno}: the patched {code.co_qualname} uses {names} "
+                f"from the scope around "
                 "it, which the running function does not hold. Patch it with install_on_import() before it is imported."
             )
         if has - wants:
@@ -236,7 +240,8 @@ class PatchedModule:
         for code in codes:
             for name in injected.keys() & {*code.co_varnames, *code.co_cellvars, *code.co_freevars}:
                 raise ConflictError(
-                    f"{self.source.filename}:{code.co_firstlineno}: {code.co_qualname} has a variable {name!r} of its own, and a "
+                    f"{self.source.filename}:{code.co_firstlineno}: {code.co_qualname} has a variable {name!r} "
+                    f"of its own, and a "
                     f"patch imports that name. Import it as another one: `from ... import {name} as ij_{name}`."
                 )
 
@@ -401,7 +406,8 @@ def find_source(name: str, module: types.ModuleType | None, loader: Any) -> Sour
     if name in sys.builtin_module_names or text is None or filename is None:
         kind = "built in" if name in sys.builtin_module_names else f"loaded by {type(loader).__name__} from {filename}"
         raise SourceError(
-            f"The source of module {name!r} cannot be found ({kind}), so it cannot be patched. Only modules written in Python can."
+            f"The source of module {name!r} cannot be found ({kind}), so it cannot be patched. Only modules "
+            f"written in Python can."
         )
     return SourceText(text, filename)
 

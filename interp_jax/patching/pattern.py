@@ -2,11 +2,11 @@
 
 `$x` stands for one expression (or one identifier: `def $f(...)`, `self.$name`), `$...xs` for a run of arguments, of
 elements or of statements. Neither is Python, so before parsing `$x` becomes an identifier with an odd first letter and
-`$...xs` a starred expression of it, both of *the same length*: columns in errors and in the tree need no translation. `$`
-inside string literals and comments is left alone.
+`$...xs` a starred expression of it, both of *the same length*: columns in errors and in the tree need no translation.
+`$` inside string literals and comments is left alone.
 
-A starred expression is legal in exactly the places where a run can stand: among call arguments (after keyword arguments, too),
-list elements, parameters, base classes, and, for the parser, as a statement of its own.
+A starred expression is legal in exactly the places where a run can stand: among call arguments (after keyword
+arguments, too), list elements, parameters, base classes, and, for the parser, as a statement of its own.
 """
 
 import ast

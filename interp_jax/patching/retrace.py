@@ -1,12 +1,12 @@
 """JAX must trace anew what it traced before a patch, and nothing here may import JAX.
 
 JAX keeps what it traced by the function *object*, and a patch changes the code inside the object; so to JAX nothing has
-changed. The remedy is a value of our own that is part of every cache key (`jax.make_user_context`, public): it names the
-set of patchers now active, process-wide. Going back to an earlier set finds what was traced under it, so entering the same `with` a
-thousand times compiles twice, and no cache is ever cleared.
+changed. The remedy is a value of our own that is part of every cache key (`jax.make_user_context`, public): it names
+the set of patchers now active, process-wide. Going back to an earlier set finds what was traced under it, so entering
+the same `with` a thousand times compiles twice, and no cache is ever cleared.
 
-JAX is looked up in `sys.modules`. Before it is there nothing can have been traced; the set that is active when it is first
-seen becomes the key's default. Programs that use no JAX pay a dictionary lookup.
+JAX is looked up in `sys.modules`. Before it is there nothing can have been traced; the set that is active when it is
+first seen becomes the key's default. Programs that use no JAX pay a dictionary lookup.
 """
 
 import sys

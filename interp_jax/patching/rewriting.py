@@ -1,11 +1,11 @@
 """Rewriting source text: matched code out, the replacement in, everything else untouched.
 
-The work is done on the *text*, so what is not replaced keeps its comments and its layout to the letter; and once more on
-the *tree*, by plain substitution of nodes. Both must come to the same program (`rewrite` compares them), so a missing pair of
-parentheses or a lost indentation can never change a meaning silently.
+The work is done on the *text*, so what is not replaced keeps its comments and its layout to the letter; and once more
+on the *tree*, by plain substitution of nodes. Both must come to the same program (`rewrite` compares them), so a
+missing pair of parentheses or a lost indentation can never change a meaning silently.
 
-Text travels as pieces that remember where they came from: the place in the module's source, or the line of the patch. The
-layout (layout.py) needs this to give every kept line its old number.
+Text travels as pieces that remember where they came from: the place in the module's source, or the line of the patch.
+The layout (layout.py) needs this to give every kept line its old number.
 """
 
 import ast
@@ -167,7 +167,8 @@ class TextRewriter:
             runs = any(run_metavariable(statement) for statement in edit.after.body)
             if compound or runs or any(statement.lineno != statement.end_lineno for statement in edit.after.body):
                 raise ConflictError(
-                    f"{source.filename}:{source.line_at(edit.start)}: {edit.label} matches a statement that shares its line "
+                    f"{source.filename}:{source.line_at(edit.start)}: {edit.label} matches a statement that "
+                    f"shares its line "
                     "with others, and its replacement does not fit on one line. Match the statement around it."
                 )
             pieces = self._template(edit, indent="")
@@ -210,7 +211,7 @@ class TextRewriter:
             line_start = after.python.rfind("\n", 0, start) + 1
             lead = after.python[line_start:start]
             if name.startswith("...") and (not bound or isinstance(bound[0], ast.stmt)):
-                parent = parents.get(names.get(start)) if start in names else None
+                parent = parents[names[start]] if start in names else None
                 if isinstance(parent, ast.Expr) and not lead.strip():
                     literal(after.python[at : line_start + len(lead)])
                     pieces += self._block(edit, bound, (indent or "") + lead, parent, after)

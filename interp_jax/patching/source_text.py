@@ -1,7 +1,7 @@
 """A module's source text beside its tree: where a node stands in the text, and where a member is defined.
 
-The tree counts columns in UTF-8 bytes and lines by `\\n` alone; the text here is indexed by character. All such arithmetic
-is in this file.
+The tree counts columns in UTF-8 bytes and lines by `\\n` alone; the text here is indexed by character. All such
+arithmetic is in this file.
 """
 
 import ast
@@ -65,8 +65,8 @@ class SourceText:
             member: dotted: `f`, `Class.method`, `Outer.Inner.method`, `function.inner`.
 
         Returns:
-            The definitions in the order of the source: several for a property's accessors, overloads or the branches of an
-            `if`; none where the source does not define it.
+            The definitions in the order of the source: several for a property's accessors, overloads or the branches of
+            an `if`; none where the source does not define it.
         """
         scopes: list[ast.AST] = [self.tree]
         found: list[ast.stmt] = []
