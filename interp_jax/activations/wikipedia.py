@@ -19,6 +19,7 @@ import html
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from xml.parsers import expat
 
 from interp_jax import installed_data
@@ -124,13 +125,17 @@ class _DumpReader:
         raise ValueError("A MediaWiki export has no document type declaration; this file has one and is refused.")
 
 
-_DISAMBIGUATION = re.compile(r"\{\{\s*(?:disambig|disambiguation|hndis|geodis|airport disambig|letter-num\w*)\b", re.IGNORECASE)
+_DISAMBIGUATION = re.compile(
+    r"\{\{\s*(?:disambig|disambiguation|hndis|geodis|airport disambig|letter-num\w*)\b", re.IGNORECASE
+)
 
-_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _EMPTY_REF = re.compile(r"<(?:ref|references)\b[^<>]*/>", re.IGNORECASE)
 _DROPPED_ELEMENT = re.compile(
-    r"<(ref|references|gallery|timeline|source|syntaxhighlight|score|pre|imagemap|table|hiero)\b[^<>]*>.*?</\1\s*>",
-    re.IGNORECASE | re.DOTALL,
+    # Up to the next tag of the same name, which must be its end: one that is never closed reaches no further.
+    r"<(ref|references|gallery|timeline|source|syntaxhighlight|score|pre|imagemap|table|hiero)\b[^<>]*>"
+    r"[^<]*+(?:<(?!/?\1\b)[^<]*+)*+</\1\s*>",
+    re.IGNORECASE,
 )
 _MATH = re.compile(r"<(?:math|chem)\b[^<>]*>(.*?)</(?:math|chem)\s*>", re.IGNORECASE | re.DOTALL)
 _LINE_BREAK = re.compile(r"<br\b[^<>]*>", re.IGNORECASE)
@@ -141,11 +146,15 @@ _BARE_URL = re.compile(r"\bhttps?://\S+", re.IGNORECASE)
 # Innermost pairs: no other pair inside. Possessive, so that a missing end costs linear and not quadratic time.
 _LINK = re.compile(r"\[\[((?:[^\[\]]++|\[(?!\[)|\](?!\]))*+)\]\]")
 _TEMPLATE = re.compile(r"\{\{((?:[^{}]++|\{(?!\{)|\}(?!\}))*+)\}\}")
+_DEEPEST_NESTING = 40
 _MAGIC_WORD = re.compile(r"__[A-Z]+__")
 _HEADING = re.compile(r"^(={1,6})\s*(.*?)\s*\1$")
 _BOLD_OR_ITALIC = re.compile(r"'{2,}")
 _LIST_MARKS = re.compile(r"^[*#:;]+\s*")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*$")
+
+_CITATION = re.compile(r"\bISBN\b|\bdoi:|\bpp?\. ?\d|\b(?:1[89]|20)\d\d\. [A-Z]")
+"""A list item with one of these is an entry of a bibliography."""
 
 _NOT_SHOWN_AS_TEXT = ("file", "image", "category", "media")
 
@@ -217,11 +226,12 @@ def clean_wikitext(wikitext: str) -> str:
     return _FORMULA_PLACE.sub(lambda match: formulas[int(match[1])], prose)
 
 
-def _replace_innermost(pattern: re.Pattern[str], shown, text: str) -> str:
-    """Replaces pairs from the inside out until none is left."""
-    count = 1
-    while count:
+def _replace_innermost(pattern: re.Pattern[str], shown: Callable[[re.Match[str]], str], text: str) -> str:
+    """Replaces pairs from the inside out until none is left, or for as many levels as a person would nest."""
+    for _ in range(_DEEPEST_NESTING):
         text, count = pattern.subn(shown, text)
+        if not count:
+            break
     return text
 
 
@@ -295,13 +305,66 @@ _LITERAL = {
 _QUOTATION = frozenset(("quote", "blockquote", "cquote", "quotation", "bquote"))
 _FIRST = frozenset(
     (
-        *("nowrap", "small", "smaller", "big", "larger", "nobold", "vanchor", "visible anchor", "anchor", "sc", "smallcaps", "sup", "sub"),
-        *("nihongo", "val", "flag", "flagcountry", "flagu", "angbr", "abbr", "tooltip", "sic", "keypress", "key press", "nts"),
-        *("railgauge", "math", "mvar", "num", "gaps", "script", "unicode", "native name", "vr", "lsj", "proper name", "em", "strong"),
+        *(
+            "nowrap",
+            "small",
+            "smaller",
+            "big",
+            "larger",
+            "nobold",
+            "vanchor",
+            "visible anchor",
+            "anchor",
+            "sc",
+            "smallcaps",
+            "sup",
+            "sub",
+        ),
+        *(
+            "nihongo",
+            "val",
+            "flag",
+            "flagcountry",
+            "flagu",
+            "angbr",
+            "abbr",
+            "tooltip",
+            "sic",
+            "keypress",
+            "key press",
+            "nts",
+        ),
+        *(
+            "railgauge",
+            "math",
+            "mvar",
+            "num",
+            "gaps",
+            "script",
+            "unicode",
+            "native name",
+            "vr",
+            "lsj",
+            "proper name",
+            "em",
+            "strong",
+        ),
     )
 )
-_LAST = frozenset(("lang", "transl", "resize", "font", "color", "nihongo2", "hover title", "polytonic", "rtl-lang", "langx"))
-_RANGE_WORDS = {"-": "–", "–": "–", "to": " to ", "and": " and ", "or": " or ", "x": " x ", "by": " by ", "to(-)": " to ", "&": " & "}
+_LAST = frozenset(
+    ("lang", "transl", "resize", "font", "color", "nihongo2", "hover title", "polytonic", "rtl-lang", "langx")
+)
+_RANGE_WORDS = {
+    "-": "–",
+    "–": "–",
+    "to": " to ",
+    "and": " and ",
+    "or": " or ",
+    "x": " x ",
+    "by": " by ",
+    "to(-)": " to ",
+    "&": " & ",
+}
 _MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
@@ -324,13 +387,22 @@ def _date(arguments: list[str]) -> str:
 
 
 def _prose_lines(text: str) -> list[str]:
-    """The lines that are running text: tables, headings, the back matter and lists of names are left out."""
-    lines: list[str] = []
+    """The paragraphs that are running text: tables, headings, the back matter and lists of names are left out."""
+    paragraphs: list[str] = []
+    running: list[str] = []  # Plain lines up to the next empty one make one paragraph.
     table_depth = 0
     dropped_level = 0  # The level of the heading whose section is being dropped, or 0.
+
+    def end_paragraph() -> None:
+        paragraph = " ".join(running)
+        running.clear()
+        if _reads_as_sentence(paragraph, words=3) or len(paragraph.split()) >= 12:
+            paragraphs.append(paragraph)
+
     for raw in text.split("\n"):
         line = raw.strip()
         if heading := _HEADING.match(line):
+            end_paragraph()
             level = len(heading[1])
             table_depth = 0  # A table that nobody closed ends with its section.
             if not dropped_level or level <= dropped_level:
@@ -345,14 +417,18 @@ def _prose_lines(text: str) -> list[str]:
                 table_depth -= 1
             continue
         if dropped_level or not line or line[0] in "|!{}":
+            end_paragraph()
             continue
         line = _BOLD_OR_ITALIC.sub("", line)
         item = _LIST_MARKS.sub("", line)
-        if item != line and not _reads_as_sentence(item, words=6):
+        if item == line:
+            running.append(line)
             continue
-        if _reads_as_sentence(item, words=3) or len(item.split()) >= 12:
-            lines.append(item)
-    return lines
+        end_paragraph()
+        if _reads_as_sentence(item, words=6) and not _CITATION.search(item):
+            paragraphs.append(item)
+    end_paragraph()
+    return paragraphs
 
 
 def _reads_as_sentence(line: str, words: int) -> bool:
@@ -360,7 +436,7 @@ def _reads_as_sentence(line: str, words: int) -> bool:
 
 
 _TIDYING = (
-    (re.compile(r"\[\[|\]\]|\{\{|\}\}"), ""),  # What was never closed, or never opened.
+    (re.compile(r"\[\[|\]\]|\{\{|\}\}|<!--|-->"), ""),  # What was never closed, or never opened.
     (re.compile(r"[\u00a0\u2000-\u200a\u202f\t ]+"), " "),
     (re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]"), ""),
     # What is left of a parenthesis that held a pronunciation or a flag.

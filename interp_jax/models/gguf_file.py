@@ -98,7 +98,9 @@ class GgufFile:
         try:
             values = gguf.quants.dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.type)
         except NotImplementedError as error:
-            raise ValueError(f"{self.path}: tensor {name!r} is of type {tensor.type.name}, which gguf cannot read.") from error
+            raise ValueError(
+                f"{self.path}: tensor {name!r} is of type {tensor.type.name}, which gguf cannot read."
+            ) from error
         # A copy where the tensor is stored as float32: an array must not keep the whole file mapped.
         return np.array(values, np.float32).reshape(tensor.shape)
 
@@ -145,11 +147,15 @@ class _Header:
         table = [self._tensor_entry() for _ in range(n_tensors)]
         alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0:
-            raise ValueError(f"{path} is damaged: general.alignment is {alignment!r}, expected a positive number of bytes.")
+            raise ValueError(
+                f"{path} is damaged: general.alignment is {alignment!r}, expected a positive number of bytes."
+            )
         start = -(-self.position // alignment) * alignment
         self.tensors = {name: self._located(name, shape, type_, start + offset) for name, shape, type_, offset in table}
         if len(self.tensors) != n_tensors:
-            raise ValueError(f"{path} is damaged: its table names {n_tensors} tensors, of which only {len(self.tensors)} differ.")
+            raise ValueError(
+                f"{path} is damaged: its table names {n_tensors} tensors, of which only {len(self.tensors)} differ."
+            )
 
     def _take(self, n_bytes: int) -> bytes:
         end = self.position + n_bytes
@@ -194,12 +200,16 @@ class _Header:
             return name, shape, gguf.GGMLQuantizationType(type_), self._scalar("<Q")
         except ValueError as error:
             known = [quantisation.name for quantisation in gguf.GGMLQuantizationType]
-            raise ValueError(f"{self.path}: tensor {name!r} is of the unknown type {type_}; known are {known}.") from error
+            raise ValueError(
+                f"{self.path}: tensor {name!r} is of the unknown type {type_}; known are {known}."
+            ) from error
 
     def _located(self, name: str, shape: tuple[int, ...], type_: gguf.GGMLQuantizationType, offset: int) -> _Tensor:
         block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
         if not shape or shape[-1] % block:
-            raise ValueError(f"{self.path} is damaged: tensor {name!r} of shape {shape} in {type_.name} blocks of {block}.")
+            raise ValueError(
+                f"{self.path} is damaged: tensor {name!r} of shape {shape} in {type_.name} blocks of {block}."
+            )
         n_bytes = math.prod(shape) // block * block_bytes
         if offset + n_bytes > len(self.data):
             raise ValueError(

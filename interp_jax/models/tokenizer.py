@@ -97,7 +97,9 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # The library raises bare Exception.
-            raise ValueError(f"{os.fspath(path)} is not a tokenizer.json of the `tokenizers` library: {error}") from error
+            raise ValueError(
+                f"{os.fspath(path)} is not a tokenizer.json of the `tokenizers` library: {error}"
+            ) from error
         special = {added.content: id_ for id_, added in backend.get_added_tokens_decoder().items() if added.special}
         return cls(
             backend,
@@ -134,7 +136,9 @@ class Tokenizer:
         merges: list[str] = gguf_file.require("tokenizer.ggml.merges")
         types: list[int] = gguf_file.require("tokenizer.ggml.token_type")
         if len(types) != len(pieces):
-            raise ValueError(f"{gguf_file.path}: {len(pieces)} tokens but {len(types)} token types; the file is damaged.")
+            raise ValueError(
+                f"{gguf_file.path}: {len(pieces)} tokens but {len(types)} token types; the file is damaged."
+            )
         backend = tokenizers.Tokenizer(
             models.BPE(
                 vocab={piece: id_ for id_, piece in enumerate(pieces)},
@@ -146,10 +150,18 @@ class Tokenizer:
         backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(
-            [tokenizers.AddedToken(p, special=True, normalized=False) for p, t in zip(pieces, types, strict=True) if t == _CONTROL]
+            [
+                tokenizers.AddedToken(p, special=True, normalized=False)
+                for p, t in zip(pieces, types, strict=True)
+                if t == _CONTROL
+            ]
         )
         backend.add_tokens(
-            [tokenizers.AddedToken(p, normalized=False) for p, t in zip(pieces, types, strict=True) if t == _USER_DEFINED]
+            [
+                tokenizers.AddedToken(p, normalized=False)
+                for p, t in zip(pieces, types, strict=True)
+                if t == _USER_DEFINED
+            ]
         )
         if backend.get_vocab_size() != len(pieces):
             raise ValueError(
@@ -159,7 +171,9 @@ class Tokenizer:
         return cls(
             backend,
             # Chat models name a bos token and yet were never given one; this flag says which.
-            bos_id=metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token") else None,
+            bos_id=metadata.get("tokenizer.ggml.bos_token_id")
+            if metadata.get("tokenizer.ggml.add_bos_token")
+            else None,
             eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
             end_of_text_id=_first(control, _END_OF_TEXT_TOKENS),
         )
