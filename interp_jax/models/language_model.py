@@ -1,10 +1,11 @@
 """What an experiment is given: a model ready to run, whatever library its code is from.
 
-Steering, dashboards, splices and benchmarks take a `LanguageModel` and ask nothing else of the model. `forward` is a pure
-function of `params`, so jit, grad and `interp_jax.iterate` apply to it directly; every site inside it bears the names
-that the whole project uses and an int layer (None for `embed`, `final_norm` and `logits`).
+Steering, dashboards, splices and benchmarks take a `LanguageModel` and ask nothing else of the model. `forward` is a
+pure function of `params`, so jit, grad and `interp_jax.iterate` apply to it directly; every site inside it bears the
+names that the whole project uses and an int layer (None for `embed`, `final_norm` and `logits`).
 
-Hazard: a `LanguageModel` is no pytree. Close over it, or pass `language_model.params` to a jitted function; passing the object
+Hazard: a `LanguageModel` is no pytree. Close over it, or pass `language_model.params` to a jitted function; passing
+    the object
 itself as an argument of a jitted function is an error.
 """
 
@@ -40,5 +41,6 @@ class LanguageModel:
     context: int
     """The longest row of tokens that the model was made for."""
     unembed: Callable[[Any, Float[Array, "n d_model"]], Float[Array, "n vocab"]]
-    """`unembed(params, directions)`: the logits that directions in the residual stream promote. The final norm's scale is
-    folded in; its division by the mean square is not done, so only logits of one direction compare with each other."""
+    """`unembed(params, directions)`: the logits that directions in the residual stream promote. The final norm's scale
+    is folded in; its division by the mean square is not done, so only logits of one direction compare with each
+    other."""

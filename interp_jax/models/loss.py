@@ -1,4 +1,5 @@
-"""The next-token loss of a language model: the one number by which a splice, an ablation or a loaded checkpoint is judged.
+"""The next-token loss of a language model: the one number by which a splice, an ablation or a loaded checkpoint is
+judged.
 
 It is computed in float32 whatever the logits' dtype, as logsumexp minus the target's logit, so that the
 log-probabilities of the whole vocabulary are never stored beside the logits.

@@ -1,11 +1,12 @@
 """Text to token ids and back, from a `tokenizer.json` or rebuilt from the metadata of a GGUF file.
 
-A thin layer over the `tokenizers` library that fixes what an experiment relies on: `encode` adds nothing, `decode` hides nothing
-(special tokens are shown), and `readable` gives one printable string for each token, also where a token is a part of a
-UTF-8 character.
+A thin layer over the `tokenizers` library that fixes what an experiment relies on: `encode` adds nothing, `decode`
+hides nothing (special tokens are shown), and `readable` gives one printable string for each token, also where a token
+is a part of a UTF-8 character.
 
-Rebuilding from GGUF: the metadata holds the pieces, the merges in order and each piece's type, but the pre-tokenizer only by a name
-(`tokenizer.ggml.pre`). An unknown name is refused: a wrong pre-tokenizer gives ids that look right and are not.
+Rebuilding from GGUF: the metadata holds the pieces, the merges in order and each piece's type, but the pre-tokenizer
+only by a name (`tokenizer.ggml.pre`). An unknown name is refused: a wrong pre-tokenizer gives ids that look right and
+are not.
 
 Hazard: the text of a special token, such as `<|endoftext|>`, is encoded as that token where it stands in a text.
 """
@@ -165,7 +166,7 @@ class Tokenizer:
         )
         if backend.get_vocab_size() != len(pieces):
             raise ValueError(
-                f"{gguf_file.path}: {len(pieces)} tokens but {backend.get_vocab_size()} different ones; the file is damaged."
+                f"{gguf_file.path}: of {len(pieces)} tokens {backend.get_vocab_size()} differ; the file is damaged."
             )
         control = {p: i for i, (p, t) in enumerate(zip(pieces, types, strict=True)) if t == _CONTROL}
         return cls(
@@ -206,8 +207,8 @@ class Tokenizer:
     def readable(self, ids: Iterable[int]) -> list[str]:
         r"""One printable string a token, for tables and pages.
 
-        Spaces stay spaces, a line break is shown as ↵ and a tab as ⇥; bytes that are only a part of a character are shown as
-        `\xe2`.
+        Spaces stay spaces, a line break is shown as ↵ and a tab as ⇥; bytes that are only a part of a character are
+        shown as `\xe2`.
 
         Args:
             ids: token ids.
@@ -251,7 +252,8 @@ def _split_merge(merge: str) -> tuple[str, str]:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's reversible writing of bytes: printable Latin-1 stands for itself, the rest for characters from U+0100 on."""
+    """GPT-2's reversible writing of bytes: printable Latin-1 stands for itself, the rest for characters from U+0100
+    on."""
     itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {chr(byte): byte for byte in itself}
     others = [byte for byte in range(256) if byte not in set(itself)]
