@@ -1,8 +1,8 @@
 """Unigram and bigram language models: the baselines that say what a transformer's loss is worth.
 
-A loss in nats a token means nothing on its own: it depends on the vocabulary and on the text. Beside the loss of a model
-that knows only how frequent tokens are, and of one that also knows the token before, it tells how much the transformer
-gets from anything longer.
+A loss in nats a token means nothing on its own: it depends on the vocabulary and on the text. Beside the loss of a
+model that knows only how frequent tokens are, and of one that also knows the token before, it tells how much the
+transformer gets from anything longer.
 
 The bigram model is interpolated Kneser-Ney (Kneser and Ney 1995; the interpolated form of Chen and Goodman 1999), with
 c(h, w) how often w follows h, c(h) = sum_w c(h, w), N(w) the number of different tokens that precede w, T(h) the number
@@ -116,7 +116,7 @@ def _kneser_ney(counts: Int[np.ndarray, "vocab vocab"], discount: float) -> Bigr
 
 def _checked(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Tokens as they are, or an error: NumPy would take negative ids from the end of the vocabulary."""
-    if tokens.size and not (0 <= tokens.min() and tokens.max() < vocab_size):
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
         raise ValueError(
             f"Token ids run from {tokens.min()} to {tokens.max()}; expected ids from 0 to {vocab_size - 1}."
         )

@@ -14,9 +14,9 @@ What each site holds (b = batch, s = seq; `query` and `key` both run over seq):
 | embed | None | b s d_model | row of `W_embed` of each token |
 | resid_pre | 0.. | b s d_model | the residual stream as it enters the block |
 | attn_in | 0.. | b s d_model | normed `resid_pre` |
-| q | 0.. | b s n_heads d_head | query before rotary |
-| k, v | 0.. | b s n_kv_heads d_head | key before rotary, value; one for each group of heads |
-| attn_logits | 0.. | b n_heads query key | scaled scores before the causal mask |
+| q | 0.. | b s n_heads d_head | query as it enters the scores: after rotary, before the scale |
+| k, v | 0.. | b s n_kv_heads d_head | key after rotary, value; one for each group of heads |
+| attn_logits | 0.. | b n_heads query key | q.k / sqrt(d_head), before the causal mask |
 | attn_probs | 0.. | b n_heads query key | after mask and softmax |
 | attn_heads | 0.. | b s n_heads d_head | what each head reads, before the output projection |
 | attn_out | 0.. | b s d_model | what attention adds to the stream |
@@ -186,13 +186,14 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "batch seq d_model"], layer: int) -> Float[Array, "batch seq d_model"]:
         batch, seq, _ = x.shape
         c = self.config
-        q = site(jnp.einsum("bsd,dhk->bshk", x, self.W_q[...]), "q", layer=layer)
-        k = site(jnp.einsum("bsd,dhk->bshk", x, self.W_k[...]), "k", layer=layer)
+        q = rotate(jnp.einsum("bsd,dhk->bshk", x, self.W_q[...]), c.rotary_base)
+        k = rotate(jnp.einsum("bsd,dhk->bshk", x, self.W_k[...]), c.rotary_base)
+        q, k = site(q, "q", layer=layer), site(k, "k", layer=layer)
         v = site(jnp.einsum("bsd,dhk->bshk", x, self.W_v[...]), "v", layer=layer)
 
         # Heads as (group, member): a group shares one key-value head, which is thus never copied out.
-        grouped = rotate(q, c.rotary_base).reshape(batch, seq, c.n_kv_heads, -1, c.d_head)
-        logits = jnp.einsum("bqgmk,bsgk->bgmqs", grouped, rotate(k, c.rotary_base)) / math.sqrt(c.d_head)
+        grouped = q.reshape(batch, seq, c.n_kv_heads, -1, c.d_head)
+        logits = jnp.einsum("bqgmk,bsgk->bgmqs", grouped, k) / math.sqrt(c.d_head)
         logits = site(logits.reshape(batch, c.n_heads, seq, seq), "attn_logits", layer=layer)
         is_past = np.tril(np.ones((seq, seq), bool))
         masked = jnp.where(is_past, logits.astype(jnp.float32), -jnp.inf)
@@ -295,7 +296,7 @@ class Transformer(nnx.Module):
         """
         if tokens.shape[1] > self.config.context:
             raise ValueError(
-                f"The model's context is {self.config.context} tokens and tokens has shape {tokens.shape}; cut its rows."
+                f"The model's context is {self.config.context} and tokens has shape {tokens.shape}; cut its rows."
             )
         x = site(self.W_embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan), "embed", layer=None)
         for layer, block in enumerate(self.blocks):
@@ -314,13 +315,11 @@ def apply(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float[Array, "
     return model(tokens)
 
 
-def promoted_logits(
-    model: Transformer, directions: Float[Array, "n d_model"]
-) -> Float[Array, "n vocab_size"]:
+def promoted_logits(model: Transformer, directions: Float[Array, "n d_model"]) -> Float[Array, "n vocab_size"]:
     """Logits that a direction in the residual stream promotes when it is written just before the final norm.
 
-    The final norm's scale is folded in; its division by the root mean square (and LayerNorm's centring) is left out, for
-    that depends on the rest of the stream. So each row is right up to a positive factor (and LayerNorm's centring).
+    The final norm's scale is folded in; its division by the root mean square (and LayerNorm's centring) is left out,
+    for that depends on the rest of the stream. So each row is right up to a positive factor (and that centring).
 
     Args:
         model: Whose unembedding is meant.
@@ -387,7 +386,9 @@ def load(directory: str | Path, *, dtype: DTypeLike = jnp.float32) -> Transforme
     config_path, weights_path = directory / "config.json", directory / "model.safetensors"
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; a saved model is a directory with config.json and model.safetensors.")
+            raise FileNotFoundError(
+                f"{path} is not there; a saved model is a directory with config.json and model.safetensors."
+            )
     config = _read_config(config_path)
     try:
         with safetensors.safe_open(weights_path, framework="numpy") as file:

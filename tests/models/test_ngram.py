@@ -1,5 +1,6 @@
 """The baselines against Counter-based arithmetic and against what a probability must be."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_unigram_is_the_smoothed_frequency(rows):
 
 def test_bigram_equals_the_formula_pair_by_pair(rows):
     model = fit_bigram(rows, VOCAB, tuning=rows[:2], discounts=[0.6])
-    pairs = Counter((int(h), int(w)) for row in rows for h, w in zip(row, row[1:], strict=False))
+    pairs = Counter((int(h), int(w)) for row in rows for h, w in itertools.pairwise(row))
     precede = Counter(w for _, w in pairs)
     for h in range(VOCAB):
         after_h = {w: n for (before, w), n in pairs.items() if before == h}

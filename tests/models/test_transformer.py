@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import struct
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +26,19 @@ CONFIGS = {
         LLAMA, norm="layer", activation="gelu_tanh", gated_mlp=False, n_kv_heads=4, norm_epsilon=1e-3
     ),
 }
-LAYER_SITES = (
-    "resid_pre attn_in q k v attn_logits attn_probs attn_heads attn_out resid_mid mlp_in mlp_pre mlp_act mlp_out "
-    "resid_post"
-).split()
+ATTENTION_SITES = ["resid_pre", "attn_in", "q", "k", "v", "attn_logits", "attn_probs", "attn_heads", "attn_out"]
+LAYER_SITES = [*ATTENTION_SITES, "resid_mid", "mlp_in", "mlp_pre", "mlp_act", "mlp_out", "resid_post"]
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=CONFIGS, scope="module")
 def config(request):
     return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def values(config):
+    """All sites of `random_model(config)` on `random_tokens(config)`, compiled once for all tests that look."""
+    return jax.tree.map(np.asarray, all_sites(random_model(config), random_tokens(config)))
 
 
 def random_model(config, seed=0):
@@ -82,7 +87,10 @@ def reference(config, parameters, tokens):
         inputs = record("attn_in", layer, [norm(row, f"{here}.attn_norm") for row in x])
         for name, heads in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads)):
             weight = p[f"{here}.attn.W_{name}"]
-            record(name, layer, [[row @ weight[:, head] for head in range(heads)] for row in inputs])
+            rows = np.array([[row @ weight[:, head] for head in range(heads)] for row in inputs])
+            if name != "v":
+                rows = [[turn(head, position) for head in rows[position]] for position in positions]
+            record(name, layer, rows)
         logits = np.empty((c.n_heads, len(tokens), len(tokens)))
         probs = np.zeros_like(logits)
         read = np.zeros((len(tokens), c.n_heads, c.d_head))
@@ -90,9 +98,7 @@ def reference(config, parameters, tokens):
             kv = head // (c.n_heads // c.n_kv_heads)
             for query in positions:
                 for key in positions:
-                    logits[head, query, key] = turn(sites[layer, "q"][query, head], query) @ turn(
-                        sites[layer, "k"][key, kv], key
-                    )
+                    logits[head, query, key] = sites[layer, "q"][query, head] @ sites[layer, "k"][key, kv]
             logits[head] /= math.sqrt(c.d_head)
             for query in positions:
                 past = np.exp(logits[head, query, : query + 1])
@@ -127,20 +133,23 @@ def all_sites(model, tokens):
 logits_of = jax.jit(apply)
 
 
-def test_every_site_equals_the_handwritten_pass(config):
+def test_every_site_equals_the_handwritten_pass(config, values):
     model, tokens = random_model(config), random_tokens(config)
-    ours = all_sites(model, tokens)
     for row in range(len(tokens)):
         expected = reference(config, as_float64(model), np.asarray(tokens[row]))
-        assert set(ours) == set(expected)
+        assert set(values) == set(expected)
         for key, value in expected.items():
-            np.testing.assert_allclose(ours[key][row], value, rtol=2e-4, atol=2e-5, err_msg=str(key))
+            np.testing.assert_allclose(values[key][row], value, rtol=2e-4, atol=2e-5, err_msg=str(key))
 
 
-def test_logits_are_the_same_with_and_without_jit_and_listeners(config):
-    model, tokens = random_model(config), random_tokens(config)
-    np.testing.assert_allclose(logits_of(model, tokens), all_sites(model, tokens)[None, "logits"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(logits_of(model, tokens), apply(model, tokens), rtol=1e-4, atol=1e-5)
+def test_logits_are_the_same_with_and_without_listeners(config, values):
+    logits = logits_of(random_model(config), random_tokens(config))
+    np.testing.assert_allclose(logits, values[None, "logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_are_the_same_without_jit():
+    model, tokens = random_model(LLAMA), random_tokens(LLAMA)
+    np.testing.assert_allclose(apply(model, tokens), logits_of(model, tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_equal_finite_differences_of_the_handwritten_pass(config):
@@ -166,15 +175,15 @@ def test_gradients_equal_finite_differences_of_the_handwritten_pass(config):
         assert float(value[entry]) == pytest.approx((above - below) / (2 * step), rel=2e-3, abs=2e-3), name
 
 
-def test_no_position_sees_its_future(config):
-    model, tokens = random_model(config), random_tokens(config)
-    changed = tokens.at[:, 4].set((tokens[:, 4] + 1) % config.vocab_size)
+def test_no_position_sees_its_future():
+    model, tokens = random_model(LLAMA), random_tokens(LLAMA)
+    changed = tokens.at[:, 4].set((tokens[:, 4] + 1) % LLAMA.vocab_size)
     before, after = logits_of(model, tokens), logits_of(model, changed)
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert not np.allclose(before[:, 4:], after[:, 4:])
     # What makes it so: nothing of the loss at position 3 flows back to later tokens' embeddings.
     gradient = jax.jit(jax.grad(lambda e: instrument.inject(apply)({(None, "embed"): e}, model, tokens)[:, 3].sum()))(
-        all_sites(model, tokens)[None, "embed"]
+        model.W_embed[...][tokens]
     )
     assert np.abs(gradient[:, :4]).min() > 0
     np.testing.assert_array_equal(gradient[:, 4:], 0)
@@ -192,17 +201,23 @@ def test_an_edit_of_attention_logits_cannot_reach_the_future():
     np.testing.assert_array_equal(edited(model, tokens), logits_of(model, tokens))
 
 
-def test_every_site_has_the_documented_shape(config):
-    c, tokens = config, random_tokens(config)
+def test_every_site_has_the_documented_shape(config, values):
+    c = config
     heads, groups, stream = (2, 7, c.n_heads, c.d_head), (2, 7, c.n_kv_heads, c.d_head), (2, 7, c.d_model)
     square, neurons = (2, c.n_heads, 7, 7), (2, 7, c.d_mlp)
     shapes = dict.fromkeys(LAYER_SITES, stream) | {
-        **{"q": heads, "k": groups, "v": groups, "attn_logits": square, "attn_probs": square},
-        **{"attn_heads": heads, "mlp_pre": neurons, "mlp_act": neurons},
+        "q": heads,
+        "k": groups,
+        "v": groups,
+        "attn_logits": square,
+        "attn_probs": square,
+        "attn_heads": heads,
+        "mlp_pre": neurons,
+        "mlp_act": neurons,
     }
     expected = {(layer, name): shape for layer in range(c.n_layers) for name, shape in shapes.items()}
     expected |= {(None, "embed"): stream, (None, "final_norm"): stream, (None, "logits"): (2, 7, c.vocab_size)}
-    assert {key: value.shape for key, value in all_sites(random_model(c), tokens).items()} == expected
+    assert {key: value.shape for key, value in values.items()} == expected
 
 
 def test_sites_come_in_the_order_of_computation():
@@ -218,20 +233,19 @@ def test_sites_come_in_the_order_of_computation():
     assert seen == [(None, "embed"), *layers, (None, "final_norm"), (None, "logits")]
 
 
-def test_the_stream_is_the_sum_of_what_was_added(config):
-    values = all_sites(random_model(config), random_tokens(config))
+def test_the_stream_is_the_sum_of_what_was_added(config, values):
     total = values[None, "embed"]
     for layer in range(config.n_layers):
         np.testing.assert_array_equal(values[layer, "resid_pre"], total)
         for after, before, added in (("resid_mid", "resid_pre", "attn_out"), ("resid_post", "resid_mid", "mlp_out")):
-            total = np.asarray(values[layer, before]) + np.asarray(values[layer, added])
+            total = values[layer, before] + values[layer, added]
             np.testing.assert_allclose(values[layer, after], total, rtol=1e-6, atol=1e-6)
         total = values[layer, "resid_post"]
 
 
 def test_an_edit_acts_on_what_follows_and_on_nothing_before():
     model, tokens = random_model(LLAMA), random_tokens(LLAMA)
-    clean = all_sites(model, tokens)
+    clean = reference(LLAMA, as_float64(model), np.asarray(tokens[0]))
 
     @jax.jit
     def without_last_mlp(model, tokens):
@@ -242,9 +256,9 @@ def test_an_edit_acts_on_what_follows_and_on_nothing_before():
         return running.retval, running.saved
 
     logits, seen = without_last_mlp(model, tokens)
-    np.testing.assert_allclose(seen["1 resid_mid"], clean[1, "resid_mid"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(seen["1 resid_post"], clean[1, "resid_mid"], rtol=1e-5, atol=1e-6)
-    assert not np.allclose(logits, clean[None, "logits"])
+    np.testing.assert_allclose(seen["1 resid_mid"][0], clean[1, "resid_mid"], rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(seen["1 resid_post"][0], clean[1, "resid_mid"], rtol=2e-4, atol=2e-5)
+    assert not np.allclose(logits[0], clean[None, "logits"], atol=0.1)
 
 
 def test_sites_leave_no_trace_when_nothing_listens():
@@ -273,9 +287,9 @@ def test_a_model_is_a_pytree_that_optax_trains():
     def step(m, state):
         value, gradient = jax.value_and_grad(loss)(m)
         updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(m, updates), state, value
+        return optax.apply_updates(cast(Any, m), updates), state, value
 
-    state, losses = optimizer.init(model), []
+    state, losses = optimizer.init(cast(Any, model)), []
     for _ in range(40):
         model, state, value = step(model, state)
         losses.append(float(value))
@@ -351,19 +365,20 @@ def rewrite(path, change):
 
 
 def test_what_is_loaded_is_what_was_saved(config, tmp_path):
-    model, tokens = random_model(config), random_tokens(config)
+    model = random_model(config)
     save(model, tmp_path / "deep" / "model")
     loaded = load(tmp_path / "deep" / "model")
     assert loaded.config == config
     assert jax.tree.structure(loaded) == jax.tree.structure(model)
-    np.testing.assert_array_equal(logits_of(loaded, tokens), logits_of(model, tokens))
+    jax.tree.map(np.testing.assert_array_equal, loaded, model)
     assert sorted(path.name for path in (tmp_path / "deep" / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_tensors_have_the_documented_names_and_shapes(config):
     c, layers = config, range(config.n_layers)
     norms = [f"blocks.{i}.{norm}" for i in layers for norm in ("attn_norm", "mlp_norm")] + ["final_norm"]
-    expected = {"W_embed": (c.vocab_size, c.d_model)} | {f"{norm}.scale": (c.d_model,) for norm in norms}
+    expected: dict[str, tuple[int, ...]] = {"W_embed": (c.vocab_size, c.d_model)}
+    expected |= {f"{norm}.scale": (c.d_model,) for norm in norms}
     if c.norm == "layer":
         expected |= {f"{norm}.bias": (c.d_model,) for norm in norms}
     for i in layers:
@@ -375,7 +390,7 @@ def test_tensors_have_the_documented_names_and_shapes(config):
             expected[f"blocks.{i}.mlp.W_gate"] = (c.d_model, c.d_mlp)
     if not c.tied_embeddings:
         expected["W_unembed"] = (c.d_model, c.vocab_size)
-    named = named_parameters(Transformer(c, jax.random.key(0)))
+    named = named_parameters(jax.eval_shape(lambda: Transformer(c, jax.random.key(0))))
     assert {name: value.shape for name, value in named.items()} == expected
 
 
