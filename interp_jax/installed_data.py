@@ -103,7 +103,9 @@ def find(name: str) -> pathlib.Path:
     data = _known(name)
     path = _installed_path(data)
     if path is None:
-        raise MissingDataError(f"The {data.description} is not installed: run `interp-jax data get {name}`.")
+        raise MissingDataError(
+            f"{data.description[0].upper()}{data.description[1:]}: not installed; run `interp-jax data get {name}`."
+        )
     n_bytes = path.stat().st_size
     if n_bytes != data.n_bytes:
         raise MissingDataError(

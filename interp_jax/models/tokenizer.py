@@ -140,14 +140,16 @@ class Tokenizer:
             raise ValueError(
                 f"{gguf_file.path}: {len(pieces)} tokens but {len(types)} token types; the file is damaged."
             )
-        backend = tokenizers.Tokenizer(
-            models.BPE(
+        try:
+            bpe = models.BPE(
                 vocab={piece: id_ for id_, piece in enumerate(pieces)},
                 # A piece holds no plain space (it is written as Ġ), so the one space divides left from right.
                 merges=[_split_merge(merge) for merge in merges],
                 fuse_unk=False,
             )
-        )
+        except Exception as error:  # The library raises bare Exception.
+            raise ValueError(f"{gguf_file.path}: its tokens and merges do not fit: {error}; it is damaged.") from error
+        backend = tokenizers.Tokenizer(bpe)
         backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(

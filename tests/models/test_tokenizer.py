@@ -1,0 +1,163 @@
+"""Tokenizers from both sources, against a byte-pair encoder written out by hand."""
+
+import itertools
+import pathlib
+
+import gguf
+import pytest
+import regex
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from interp_jax import installed_data
+from interp_jax.activations.wikipedia import articles
+from interp_jax.models.gguf_file import GgufFile
+from interp_jax.models.tokenizer import Tokenizer
+
+# GPT-2's pieces, after SmolLM has set every digit apart.
+_DIGITS = regex.compile(r"\p{N}|[^\p{N}]+")
+_PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+
+def _characters_of_bytes() -> list[str]:
+    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
+    shifted = iter(range(256, 600))
+    return [chr(b) if b in plain else chr(next(shifted)) for b in range(256)]
+
+
+def _encode_by_hand(text: str, vocabulary: dict[str, int], ranks: dict[tuple[str, str], int]) -> list[int]:
+    """Byte-pair encoding as its paper has it (Sennrich et al. 2016): the earliest merge first, until none applies."""
+    characters = _characters_of_bytes()
+    ids: list[int] = []
+    for chunk in _DIGITS.findall(text):
+        for piece in _PIECES.findall(chunk):
+            symbols = [characters[byte] for byte in piece.encode()]
+            while True:
+                pairs = [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
+                if not pairs:
+                    break
+                _, i = min(pairs)
+                symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+            ids += [vocabulary[symbol] for symbol in symbols]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def smollm2_file() -> GgufFile:
+    try:
+        return GgufFile(installed_data.find("smollm2"))
+    except installed_data.MissingDataError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_file) -> Tokenizer:
+    return Tokenizer.from_gguf(smollm2_file)
+
+
+def _write_gguf(path: pathlib.Path, *, pre="smollm", model="gpt2", types: list[int] | None = None) -> GgufFile:
+    """A tokenizer of all bytes, two merges and two special tokens."""
+    pieces = ["<|endoftext|>", "<|im_end|>", *_characters_of_bytes(), "Ġa", "Ġab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("tokenizer.ggml.model", model)
+    writer.add_string("tokenizer.ggml.pre", pre)
+    writer.add_array("tokenizer.ggml.tokens", pieces)
+    writer.add_array("tokenizer.ggml.token_type", types or [3, 3] + [1] * 258)
+    writer.add_array("tokenizer.ggml.merges", ["Ġ a", "Ġa b"])
+    writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GgufFile(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.from_gguf(_write_gguf(tmp_path_factory.mktemp("tokenizer") / "small.gguf"))
+
+
+def test_ids_agree_with_the_encoder_written_by_hand(smollm2, smollm2_file):
+    vocabulary = {piece: i for i, piece in enumerate(smollm2_file.metadata["tokenizer.ggml.tokens"])}
+    merges = smollm2_file.metadata["tokenizer.ggml.merges"]
+    ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
+    samples = [article.text[:1500] for article in articles()[::6]]
+    samples += ["½ and ² in 1905\n\n\n  two spaces\ttab don't WE'LL  \n", "植芝 盛平 naïve 🙂 e\u0301", ""]
+    for text in samples:
+        assert smollm2.encode(text) == _encode_by_hand(text, vocabulary, ranks)
+
+
+def test_the_whole_excerpt_survives_the_round_trip(smollm2):
+    for article in articles():
+        assert smollm2.decode(smollm2.encode(article.text)) == article.text
+
+
+def test_smollm2_ids(smollm2):
+    assert smollm2.vocab_size == 49152
+    assert smollm2.bos_id is None  # The file names one, and says that none is added.
+    assert (smollm2.end_of_text_id, smollm2.eos_id) == (0, 2)
+    assert smollm2.encode("<|im_end|>") == [2]
+    assert smollm2.decode([2]) == "<|im_end|>"
+
+
+def test_merges_and_special_tokens(small):
+    assert small.vocab_size == 260
+    assert small.readable(small.encode("x ab ac<|endoftext|>")) == ["x", " ab", " a", "c", "<|endoftext|>"]
+    assert small.encode("<|endoftext|>") == [0]
+    assert (small.bos_id, small.eos_id, small.end_of_text_id) == (None, 1, 0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=40))
+def test_any_text_survives_the_round_trip(small, text):
+    ids = small.encode(text)
+    assert small.decode(ids) == text
+    readable = small.readable(ids)
+    assert len(readable) == len(ids)
+    assert all(token.isprintable() and token for token in readable)
+
+
+def test_readable_shows_breaks_and_halves_of_characters(small):
+    assert small.readable(small.encode("a\n\té\x00")) == ["a", "↵", "⇥", "\\xc3", "\\xa9", "\\x00"]
+
+
+def test_ids_outside_the_vocabulary_are_refused(small):
+    for outside in (-1, 260):
+        with pytest.raises(ValueError, match=f"{outside} is outside the vocabulary of 260"):
+            small.decode([1, outside])
+        with pytest.raises(ValueError, match="outside"):
+            small.readable([outside])
+
+
+def test_a_file_round_trip_gives_the_same_ids(small, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    small._backend.save(str(path))
+    again = Tokenizer.from_file(path)
+    assert again.encode("x ab 12<|endoftext|>") == small.encode("x ab 12<|endoftext|>")
+    assert (again.bos_id, again.eos_id, again.end_of_text_id) == (None, 0, 0)
+    assert again.vocab_size == small.vocab_size
+
+
+def test_sentence_pieces_are_read_with_plain_spaces(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"▁a": 0, "b": 1}, merges=[]))
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert tokenizer.readable([0, 1]) == [" a", "b"]
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+
+
+def test_what_cannot_be_rebuilt_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'llama', expected 'gpt2'.*from_file"):
+        Tokenizer.from_gguf(_write_gguf(tmp_path / "a.gguf", model="llama"))
+    with pytest.raises(ValueError, match=r"pre-tokenizer 'tekken' is not known, only .*smollm"):
+        Tokenizer.from_gguf(_write_gguf(tmp_path / "b.gguf", pre="tekken"))
+    with pytest.raises(ValueError, match="260 tokens but 3 token types"):
+        Tokenizer.from_gguf(_write_gguf(tmp_path / "c.gguf", types=[1, 1, 1]))
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no\.json is not a tokenizer\.json"):
+        Tokenizer.from_file(tmp_path / "no.json")
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.from_file(tmp_path / "missing.json")
