@@ -260,7 +260,7 @@ def _refine(
     slot: Int[Array, "batch"],
     nonnegative: bool,
 ) -> Float[Array, "batch l0"]:
-    """One gradient step with exact line search on the active slots: those of non-zero weight and the one just picked."""
+    """One gradient step with exact line search on the active slots: of non-zero weight, and the one just picked."""
     l0 = weights.shape[1]
     is_active = (weights != 0) | (jnp.arange(l0)[None] == slot[:, None])
     is_active &= slot[:, None] <= l0
