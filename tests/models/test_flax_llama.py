@@ -242,6 +242,7 @@ PYTORCH_LOSSES = [2.632717, 2.350071, 3.221055, 2.192921]
 PYTORCH_LOSS_ON_REFERENCE_ROWS = 3.136101
 
 
+@pytest.mark.slow
 def test_smollm2_loses_on_english_what_it_loses_in_pytorch(smollm2):
     ids = [smollm2.tokenizer.encode(paragraph) for paragraph in FOUR_PARAGRAPHS]
     padded = np.zeros((4, max(map(len, ids))), np.int32)  # Causal: what is after a text does not change its loss.
