@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from interp_jax.instrument import iterate as iterate
     from interp_jax.instrument import list_sites as list_sites
     from interp_jax.instrument import site as site
+    from interp_jax.models.known import load as load
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOME = {
     "inject": "interp_jax.instrument",
     "iterate": "interp_jax.instrument",
     "list_sites": "interp_jax.instrument",
+    "load": "interp_jax.models.known",
     "site": "interp_jax.instrument",
 }
 

