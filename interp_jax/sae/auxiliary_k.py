@@ -1,11 +1,12 @@
 """Auxiliary-k: dead latents are given the reconstruction's error to explain (Gao et al. 2024, appendix A.2), cheaply.
 
-A latent that is never among the k largest gets no gradient and stays dead. The auxiliary loss reconstructs the error that the active latents
-leave, from the `k_aux` largest of the dead ones, and its gradient moves them to where they are of use.
+A latent that is never among the k largest gets no gradient and stays dead. The auxiliary loss reconstructs the error
+that the active latents leave, from the `k_aux` largest of the dead ones, and its gradient moves them to where they are
+of use.
 
-The paper takes the largest among all dead latents, which costs a second pass over the whole dictionary. Here at most `N_REVIVED`
-latents, those dead for longest, are gathered and worked on densely; when nothing is dead a `cond` skips it all. The paper's
-loss takes the error as constant, and so does this one.
+The paper takes the largest among all dead latents, which costs a second pass over the whole dictionary. Here at most
+`N_REVIVED` latents, those dead for longest, are gathered and worked on densely; when nothing is dead a `cond` skips it
+all. The paper's loss takes the error as constant, and so does this one.
 """
 
 import jax

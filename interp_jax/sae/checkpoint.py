@@ -1,8 +1,9 @@
 """Checkpoints of a training run: written by Orbax, and restored only if they are whole.
 
-A checkpoint is a folder `step_00001000` that holds Orbax' `state/`, and `whole.json`, written last and atomically: the SHA-256 of every file
-of the state, and the run's facts (its configuration, the step). A folder without `whole.json` is what a killed process left; one whose
-checksums differ was cut short or altered. Either is named in a warning and passed over for the one before it.
+A checkpoint is a folder `step_00001000` that holds Orbax' `state/`, and `whole.json`, written last and atomically: the
+SHA-256 of every file of the state, and the run's facts (its configuration, the step). A folder without `whole.json` is
+what a killed process left; one whose checksums differ was cut short or altered. Either is named in a warning and passed
+over for the one before it.
 """
 
 import hashlib

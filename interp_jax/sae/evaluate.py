@@ -26,7 +26,7 @@ class Evaluation:
     l0: float
     """Active latents a row, on average."""
     fvu: float
-    """Fraction of variance unexplained: squared error over squared distance from the mean, both summed over all rows."""
+    """Fraction of variance unexplained: squared error over squared distance from the mean, each summed."""
     cosine: float
     """Mean cosine similarity of an activation and its reconstruction."""
     dead_share: float

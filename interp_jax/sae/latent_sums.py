@@ -2,14 +2,14 @@
 
 The gradient of a decoder row is the sum, over the rows of the batch in which that latent is active, of its activation
 times the row's gradient; an encoder column's is the same sum with other factors. There are batch * k pairs, a few
-hundredths of what dense codes would multiply. A plain scatter-add, though, takes XLA about a microsecond a row on CPU, longer than the
-arithmetic. So:
+hundredths of what dense codes would multiply. A plain scatter-add, though, takes XLA about a microsecond a row on CPU,
+longer than the arithmetic. So:
 
-1. `group_by_latent` sorts the pairs by latent, once for all the sums of a step. Latent and pair number are packed into one 32-bit key where they
-   fit, since a sort of one operand is five times faster than one of two.
-2. `sum_by_latent` cuts each latent's pairs into pieces of `PIECE`. The first piece of every latent stands at the latent's own
-   place, the rest in an overflow area of known size, so that all pieces are summed by plain gathers; only the overflow is
-   scattered, a sixteenth of the pairs at most.
+1. `group_by_latent` sorts the pairs by latent, once for all the sums of a step. Latent and pair number are packed into
+   one 32-bit key where they fit, since a sort of one operand is five times faster than one of two.
+2. `sum_by_latent` cuts each latent's pairs into pieces of `PIECE`. The first piece of every latent stands at the
+   latent's own place, the rest in an overflow area of known size, so that all pieces are summed by plain gathers; only
+   the overflow is scattered, a sixteenth of the pairs at most.
 """
 
 import functools
@@ -99,7 +99,7 @@ def sum_by_latent(
 def gathered_sum(
     factors: Float[Array, "terms n"], rows: Float[Array, "m d"], indices: Int[Array, "terms n"]
 ) -> Float[Array, "n d"]:
-    """`sum over t of factors[t, i] * rows[indices[t, i]]`, a few terms at a time so that nothing of size n * terms * d exists."""
+    """`sum over t of factors[t, i] * rows[indices[t, i]]`, with nothing of size n * terms * d in between."""
     unroll = next(size for size in (_UNROLL, 2, 1) if len(factors) % size == 0)
 
     def add(total, terms):

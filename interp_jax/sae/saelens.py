@@ -1,6 +1,7 @@
 """SAELens' layout on disk: `cfg.json` and `sae_weights.safetensors`, so that other tools read what is trained here.
 
-SAELens' topk architecture computes what ours does (`apply_b_dec_to_input`, a ReLU before the k largest are taken, no rescaling).
+SAELens' topk architecture computes what ours does (`apply_b_dec_to_input`, a ReLU before the k largest are taken, no
+rescaling).
 """
 
 import json
@@ -71,8 +72,8 @@ def load_saelens(directory: str | os.PathLike[str]) -> TopKSAE:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: for another architecture, options that this SAE does not have, missing or misshapen weights, or a weights
-            file that is cut short.
+        ValueError: for another architecture, options that this SAE does not have, missing or misshapen weights, or a
+            weights file that is cut short.
     """
     directory = pathlib.Path(directory)
     config = json.loads((directory / "cfg.json").read_text(encoding="utf-8"))

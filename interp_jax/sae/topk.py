@@ -2,14 +2,14 @@
 
     codes = top_k(relu((x - b_dec) @ W_enc + b_enc));   reconstruction = codes @ W_dec + b_dec
 
-`W_dec[d_sae, d_in]` is the dictionary, one row a latent, of norm one. A row of the batch uses at most k latents: fewer where fewer than k
-pre-activations are positive.
+`W_dec[d_sae, d_in]` is the dictionary, one row a latent, of norm one. A row of the batch uses at most k latents: fewer
+where fewer than k pre-activations are positive.
 
-`TopKSAE.encode` and `decode` are the plain, dense mathematics, differentiable as they stand. Training goes through `reconstruct`,
-which computes the same from the k active latents a row alone, with a derivative of its own: neither forward nor backward pass makes dense
-codes or multiplies by them, and the one large product that is left is the encoder's. Its derivative treats the choice of the latents as constant
-(it is, almost everywhere), and gives nothing to x: an SAE is trained on fixed activations. To differentiate through
-a splice, use `__call__`.
+`TopKSAE.encode` and `decode` are the plain, dense mathematics, differentiable as they stand. Training goes through
+`reconstruct`, which computes the same from the k active latents a row alone, with a derivative of its own: neither
+forward nor backward pass makes dense codes or multiplies by them, and the one large product that is left is the
+encoder's. Its derivative treats the choice of the latents as constant (it is, almost everywhere), and gives nothing to
+x: an SAE is trained on fixed activations. To differentiate through a splice, use `__call__`.
 """
 
 import functools

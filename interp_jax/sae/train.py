@@ -10,7 +10,8 @@ starts at the first batch's mean.
 
 Hazards:
 
-- A step is dispatched before the one before it is done, so a batch must not be changed in place after it was handed over.
+- A step is dispatched before the one before it is done, so a batch must not be changed in place after it was handed
+  over.
 - A tenth of a percent of rows with huge norms (the first position of a row in most language models) takes over the mean
   square error. Leave them out where the activations are made.
 - The state that is checkpointed is in normalised units; only what `train` returns is in the units of the activations.
@@ -24,7 +25,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ __all__ = ["Batches", "NonFiniteLossError", "TrainConfig", "train"]
 Batches = Callable[[int], Any] | Iterable[Any]
 """`[batch, d_in]` arrays: an iterable of them, or a function from the step (from 0) to its batch."""
 
-METRICS = ("loss", "fvu", "l0", "dead_share", "learning_rate")
+METRICS: tuple[str, ...] = ("loss", "fvu", "l0", "dead_share", "learning_rate")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -127,11 +128,12 @@ def train(
 
     Args:
         config: sizes and hyperparameters.
-        batches: `[batch, d_in]` arrays, one a step. With a function of the step a resumed run asks for nothing that it does not need;
-            an iterable is run through from its start to where the run had stopped.
+        batches: `[batch, d_in]` arrays, one a step. With a function of the step a resumed run asks for nothing that it
+            does not need; an iterable is run through from its start to where the run had stopped.
         on_step: called after each step with the steps done so far and that step's metrics.
         checkpoint_dir: where checkpoints and `metrics.jsonl` are written; None writes nothing.
-        resume: go on from the newest whole checkpoint in `checkpoint_dir`, if there is one. Else what is there is replaced.
+        resume: go on from the newest whole checkpoint in `checkpoint_dir`, if there is one. Else what is there is
+            replaced.
 
     Returns:
         (the SAE, for activations as they come; the metrics, one dictionary every `log_every` steps).
@@ -217,7 +219,7 @@ def _initial_state(config: TrainConfig, batch: Float[Array, "batch d_in"]) -> Tr
         b_dec=jnp.mean(batch, axis=0) * scale,
         k=config.k,
     )
-    return TrainState(sae, _optimiser(config).init(sae), jnp.zeros(config.d_sae, jnp.int32), scale)
+    return TrainState(sae, _optimiser(config).init(cast(Any, sae)), jnp.zeros(config.d_sae, jnp.int32), scale)
 
 
 def _example(config: TrainConfig) -> jax.ShapeDtypeStruct:
@@ -263,7 +265,7 @@ def _step(
             coefficient=config.aux_coefficient,
         )
     gradient = _with_dictionary(gradient, tangent(gradient.W_dec[...], state.sae.W_dec[...]))
-    updates, moments = _optimiser(config).update(gradient, state.moments)
+    updates, moments = _optimiser(config).update(cast(Any, gradient), state.moments)
     rate = _learning_rate(config, step)
     sae = jax.tree.map(lambda weight, update: weight - rate * update, state.sae, updates)
     sae = _with_dictionary(sae, to_unit_norm(sae.W_dec[...]))
@@ -359,14 +361,14 @@ def _check_same_config(config: TrainConfig, saved: dict[str, Any], directory: pa
     ]
     if differing:
         raise ValueError(
-            f"the run in {directory} has another configuration ({'; '.join(differing)}). Use its configuration, or another "
-            "checkpoint_dir."
+            f"the run in {directory} has another configuration ({'; '.join(differing)}). Use its "
+            "configuration, or another checkpoint_dir."
         )
 
 
 def _explain(step: int, config: TrainConfig, directory: pathlib.Path | None) -> str:
     kept = "no checkpoints were written" if directory is None else f"checkpoints before it are in {directory}"
     return (
-        f"the loss of step {step} is not finite; {kept}. Likely causes: NaN or infinity in that batch; rows of huge norm "
-        f"(the first positions of a context); a learning rate that is too high (it is {config.learning_rate:g})."
+        f"the loss of step {step} is not finite; {kept}. Likely causes: NaN or infinity in that batch; rows of huge "
+        f"norm (the first positions of a context); a learning rate that is too high (it is {config.learning_rate:g})."
     )

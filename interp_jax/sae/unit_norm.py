@@ -1,8 +1,9 @@
 """The constraint that dictionary rows have norm one.
 
-Without it a loss on activations is lowered by shrinking the codes and growing the dictionary. Both halves are needed: the part of
-the gradient along a row is removed before the optimiser sees it, since otherwise its moments fill with a direction that is never
-followed; and the row is renormalised after the step, since a step along the tangent leaves the sphere.
+Without it a loss on activations is lowered by shrinking the codes and growing the dictionary. Both halves are needed:
+the part of the gradient along a row is removed before the optimiser sees it, since otherwise its moments fill with a
+direction that is never followed; and the row is renormalised after the step, since a step along the tangent leaves the
+sphere.
 """
 
 import jax.numpy as jnp
