@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from interp_jax.patching.errors import AlreadyImportedError
-from interp_jax.patching.patched_module import PatchedModule, Request, find_source, lock, register
+from interp_jax.patching.patched_module import (
+    PatchedModule,
+    Request,
+    by_module,
+    find_source,
+    lock,
+    patched_module_of,
+    register,
+)
 
 _waiting: dict[str, list[Request]] = {}
 
@@ -56,7 +64,18 @@ class _PatchingLoader(importlib.abc.Loader):
         with lock:
             requests = list(_waiting.get(name, ()))
         state = PatchedModule(name, find_source(name, module, self._loader), None)
-        state.run_patched(module, requests)
+        own: list[Request] = []
+        for request in requests:
+            for target, part in by_module(request, name, state.source).items():
+                if target == name:
+                    own.append(part)
+                elif target in sys.modules:
+                    with lock:
+                        other = patched_module_of(sys.modules[target])
+                        other.set_requests([*other.without(request), part])
+                elif part not in _waiting.get(target, []):
+                    wait_for(target, part)
+        state.run_patched(module, own)
         with lock:
             _waiting.pop(name, None)
             register(state)
@@ -84,15 +103,12 @@ def wait_for(name: str, request: Request) -> None:
             sys.meta_path.insert(0, _PatchingFinder())
 
 
-def stop_waiting(name: str, request: Request) -> bool:
-    """Takes back `wait_for`. Returns whether the module was still waited for."""
+def stop_waiting(request: Request) -> None:
+    """Takes back `wait_for`, for a request and its parts, as far as their modules are still waited for."""
     with lock:
-        requests = _waiting.get(name, [])
-        if request not in requests:
-            return False
-        requests.remove(request)
-        if not requests:
-            _waiting.pop(name, None)
+        for name, requests in list(_waiting.items()):
+            requests[:] = [each for each in requests if not each.belongs_to(request)]
+            if not requests:
+                del _waiting[name]
         if not _waiting:
             sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PatchingFinder)]
-        return True

@@ -259,13 +259,28 @@ def _fold(before: _Cell | None, free: list[_Cell], after: _Cell | None, room: in
     for cell in free[1:]:
         whole.fold(cell)
     free.clear()
-    # A definition's first lines belong to it and not to the block that ends before it.
-    begins_definition = whole.rows[0][0].text.lstrip().startswith(("@", "def ", "class ", "async def "))
-    if after is not None and (before is None or begins_definition):
+    first = whole.rows[0][0].text
+    begins_definition = first.lstrip().startswith(_DEFINITION)
+    if after is not None and not begins_definition:
+        # With what follows, if that is in the same block: what stands before may be the line of a `def`, and `inspect`
+        # takes a function to end where something follows that on its own line.
+        next_line = after.rows[0][0].text
+        follows = bool(next_line.strip()) and _indentation(next_line) >= _indentation(first)
+        into_next = before is None or (follows and not next_line.lstrip().startswith(_DEFINITION))
+    else:
+        into_next = after is not None
+    if into_next and after is not None:
         whole.fold(after)
         after.rows, after.first = whole.rows, whole.first
     elif before is not None:
         before.fold(whole)
+
+
+_DEFINITION = ("@", "def ", "class ", "async def ")
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _joinable(lines: list[_Line]) -> frozenset[int]:

@@ -171,8 +171,13 @@ def _bind(name: str, value: Any, bindings: Bindings) -> Iterator[Bindings]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two trees (or lists of trees) are the same code."""
-    return any(True for _ in _match(a, b, {}))
+    """Whether two trees (or lists of trees) are the same code, position, layout and load/store aside."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, ast.AST) and type(a) is type(b):
+        fields = [field for field in a._fields if field not in _IGNORED]
+        return all(equal(getattr(a, field, None), getattr(b, field, None)) for field in fields)
+    return type(a) is type(b) and repr(a) == repr(b)
 
 
 def _position(node: ast.AST) -> tuple[int, int]:

@@ -10,6 +10,7 @@ Everything that can fail is done before the first function is touched.
 
 import ast
 import builtins
+import copy
 import dataclasses
 import importlib
 import linecache
@@ -17,7 +18,7 @@ import symtable
 import sys
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from interp_jax.patching.code_objects import Key, body_signature, codes_by_key, is_function, live_functions
@@ -25,6 +26,7 @@ from interp_jax.patching.errors import ConflictError, DefinitionError, MemberErr
 from interp_jax.patching.layout import Layout, lay_out
 from interp_jax.patching.matching import equal
 from interp_jax.patching.pair import ParsedPair
+from interp_jax.patching.redefinition import Redefinition, redefine
 from interp_jax.patching.retrace import patches_changed
 from interp_jax.patching.rewriting import TextRewriter, TreeRewriter, check_conflicts
 from interp_jax.patching.source_text import SourceText
@@ -42,6 +44,12 @@ class Request:
     """Import statements whose names the new code uses."""
     versions: object
     """Prints what is known about versions, for errors."""
+    whole: "Request | None" = None
+    """What this is a part of, where a patcher's members are defined in several modules."""
+
+    def belongs_to(self, request: "Request") -> bool:
+        """Whether this is the request or a part of it."""
+        return self is request or self.whole is request
 
 
 class PatchedModule:
@@ -59,6 +67,10 @@ class PatchedModule:
         self._key_of: dict[int, Key] = {}
         self._keep_alive: list[types.CodeType] = []
         self._injected: dict[str, Any] = {}
+        # What the module's and the classes' bodies did when they ran; redefinitions are in comparison with it.
+        self._ran: ast.Module | None = None if namespace is None else source.tree
+        self._redefinition: Redefinition | None = None
+        self._take_back_definitions: Callable[[], None] = _nothing
         self._linecache_before: Any = None
         self._shown: list[str] | None = None
 
@@ -75,22 +87,40 @@ class PatchedModule:
         """
         namespace = self._namespace
         assert namespace is not None
+        assert self._ran is not None
         layout = self._rewritten(requests)
         tree = self.source.tree if layout is None else layout.parse(self.source.filename)
         code = self._pristine if layout is None else _compile(tree, self.source.filename)
-        swaps = self._swaps(tree, code)
         injected = self._imports(requests, namespace)
-        self._check_shadowing(injected, [new for _, new in swaps])
-
         before = _active()
+        self._take_back_definitions()
+        added = {name: value for name, value in injected.items() if name not in namespace}
+        namespace.update(added)
+        try:
+            redefinition = redefine(self._ran, tree, namespace, self.source.filename) if self._redefines(code) else None
+            self._remember_redefined(redefinition, codes_by_key(code))
+            swaps = self._swaps(tree, code, injected)
+            self._check_shadowing(injected, [new for _, new in swaps])
+        except BaseException:
+            for name in added:
+                namespace.pop(name, None)
+            self._take_back_definitions = self._redo_definitions()
+            raise
+
         for name in self._injected.keys() - injected.keys():
             namespace.pop(name, None)
         namespace.update(injected)
         for function, new in swaps:
             function.__code__ = new
         self._now, self._injected, self.requests = code, injected, list(requests)
+        self._redefinition = redefinition
+        self._take_back_definitions = self._redo_definitions()
         self._show(layout)
         patches_changed(before, _active())
+
+    def without(self, request: Request) -> list[Request]:
+        """The active requests but for one and its parts."""
+        return [each for each in self.requests if not each.belongs_to(request)]
 
     def run_patched(self, module: types.ModuleType, requests: Sequence[Request]) -> None:
         """Runs the module for the first time, patched.
@@ -118,6 +148,7 @@ class PatchedModule:
             self._show(None)
             raise
         self._namespace, self._now, self._injected, self.requests = namespace, code, injected, list(requests)
+        self._ran = self.source.tree if layout is None else layout.parse(self.source.filename)
         self._remember(code)
 
     # -------------------------------------------------------------- planning
@@ -155,18 +186,48 @@ class PatchedModule:
     def _differs(self, key: Key, code: types.CodeType) -> bool:
         return codes_by_key(self._pristine).get(key) != code
 
-    def _swaps(self, tree: ast.Module, code: types.CodeType) -> list[tuple[types.FunctionType, types.CodeType]]:
+    def _redefines(self, code: types.CodeType) -> bool:
+        """Whether the module or a class in it would do something else as it runs than it did."""
+        assert self._ran is not None
+        ran, new = codes_by_key(_compile(self._ran, self.source.filename)), codes_by_key(code)
+        bodies = {key for key in {*ran, *new} if not is_function(ran.get(key) or new[key])}
+        return any(
+            key not in ran or key not in new or body_signature(ran[key]) != body_signature(new[key]) for key in bodies
+        )
+
+    def _remember_redefined(self, redefinition: Redefinition | None, new: dict[Key, types.CodeType]) -> None:
+        """Keeps code that was carried out again from being taken for code that the module was imported with."""
+        if redefinition is None:
+            return
+        codes = [c for code in redefinition.codes for c in codes_by_key(code).values()]
+        for code in [*codes, *(function.__code__ for function in redefinition.functions)]:
+            key = next((k for k, c in new.items() if _same_place(c, code)), None)
+            if key is not None:
+                self._key_of[id(code)] = key
+                self._keep_alive.append(code)
+
+    def _redo_definitions(self) -> Callable[[], None]:
+        if self._redefinition is None:
+            return _nothing
+        assert self._namespace is not None
+        functions = live_functions(self._namespace)
+
+        def live_of(model: types.FunctionType) -> list[types.FunctionType]:
+            name, line = model.__code__.co_qualname, model.__code__.co_firstlineno
+            return [
+                f
+                for f in functions
+                if f.__code__.co_qualname == name and f.__code__.co_firstlineno == line and f is not model
+            ]
+
+        return self._redefinition.apply(live_of)
+
+    def _swaps(
+        self, tree: ast.Module, code: types.CodeType, injected: dict[str, Any]
+    ) -> list[tuple[types.FunctionType, types.CodeType]]:
         """Which live function gets which code."""
         assert self._namespace is not None
         now, new = codes_by_key(self._now), codes_by_key(code)
-        for key, old in now.items():
-            if not is_function(old) and (key not in new or body_signature(old) != body_signature(new[key])):
-                raise DefinitionError(
-                    f"{self.source.filename}: a patch changes what {_place(key)} does as it is executed (a "
-                    f"decorator, a default "
-                    f"value, a base class, an assignment), and {self.name} has run already. Patch it with "
-                    "install_on_import() before it is imported."
-                )
         swaps: list[tuple[types.FunctionType, types.CodeType]] = []
         counts = _count_by_name(now), _count_by_name(new)
         pristine = codes_by_key(self._pristine)
@@ -179,7 +240,7 @@ class PatchedModule:
                 wanted = self._imported.get(key, wanted)
             if wanted == function.__code__ and wanted.co_filename == function.__code__.co_filename:
                 continue
-            swaps.append((function, self._with_closure(tree, function, wanted)))
+            swaps.append((function, self._with_closure(tree, function, wanted, injected)))
         return swaps
 
     def _key(self, code: types.CodeType, now: dict[Key, types.CodeType]) -> Key | None:
@@ -203,9 +264,20 @@ class PatchedModule:
             self._key_of[id(each)] = key
             self._keep_alive.append(each)
 
-    def _with_closure(self, tree: ast.Module, function: types.FunctionType, code: types.CodeType) -> types.CodeType:
+    def _with_closure(
+        self, tree: ast.Module, function: types.FunctionType, code: types.CodeType, injected: dict[str, Any]
+    ) -> types.CodeType:
         """The code with exactly the free variables that the live function has cells for."""
         has, wants = set(function.__code__.co_freevars), set(code.co_freevars)
+        if wants - has == {"__class__"}:
+            # The first zero-argument super() of the method: it has no cell for it, and cannot be given one.
+            name, real = self._class_of(code)
+            injected[name], injected[_SUPER] = real, super
+            tree = ast.fix_missing_locations(_NameTheClass(code, name).visit(copy.deepcopy(tree)))
+            code = next(
+                c for k, c in codes_by_key(_compile(tree, self.source.filename)).items() if _same_place(c, code)
+            )
+            wants = set(code.co_freevars)
         if wants - has:
             names = ", ".join(sorted(wants - has))
             raise DefinitionError(
@@ -214,12 +286,24 @@ class PatchedModule:
                 "it, which the running function does not hold. Patch it with install_on_import() before it is imported."
             )
         if has - wants:
-            keeper = _KeepNames(code.co_firstlineno, code.co_name, sorted(has))
-            recompiled = codes_by_key(_compile(ast.fix_missing_locations(keeper.visit(tree)), self.source.filename))
-            code = next(c for k, c in recompiled.items() if k == self._key(function.__code__, {}))
+            tree = ast.fix_missing_locations(_KeepNames(code, sorted(has)).visit(copy.deepcopy(tree)))
+            code = next(c for c in codes_by_key(_compile(tree, self.source.filename)).values() if _same_place(c, code))
         self._key_of[id(code)] = self._key_of[id(function.__code__)]
         self._keep_alive.append(code)
         return code
+
+    def _class_of(self, method: types.CodeType) -> tuple[str, type]:
+        """The class that defines a method, and a global name for it that nobody else uses."""
+        path = method.co_qualname.split(".")[:-1]
+        found: Any = (self._namespace or {}).get(path[0]) if path else None
+        for name in path[1:]:
+            found = vars(found).get(name) if isinstance(found, type) else None
+        if not isinstance(found, type):
+            raise DefinitionError(
+                f"{self.source.filename}:{method.co_firstlineno}: the patched {method.co_qualname} calls super(), which it did "
+                "not before, and its class cannot be found by name. Patch it with install_on_import()."
+            )
+        return "_interp_jax_class_" + "_".join(path), found
 
     # -------------------------------------------------------------- names
 
@@ -279,8 +363,17 @@ def _count_by_name(codes: dict[Key, types.CodeType]) -> dict[str, int]:
     return counts
 
 
-def _place(key: Key) -> str:
-    return "the module" if key[0] == "<module>" else f"the body of {key[0]}"
+def _nothing() -> None:
+    """Takes back no redefinition."""
+
+
+def _same_place(a: types.CodeType, b: types.CodeType) -> bool:
+    return (a.co_qualname, a.co_firstlineno) == (b.co_qualname, b.co_firstlineno)
+
+
+def _stands_at(node: Any, code: types.CodeType) -> bool:
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return first == code.co_firstlineno and node.name == code.co_name
 
 
 def _without_pass(tree: ast.Module) -> ast.Module:
@@ -295,13 +388,12 @@ def _without_pass(tree: ast.Module) -> ast.Module:
 class _KeepNames(ast.NodeTransformer):
     """Mentions names in a function, at no cost, so that they stay its free variables."""
 
-    def __init__(self, line: int, name: str, names: Sequence[str]):
-        self._line, self._name, self._names = line, name, names
+    def __init__(self, code: types.CodeType, names: Sequence[str]):
+        self._code, self._names = code, names
 
     def visit_FunctionDef(self, node: Any) -> Any:
         self.generic_visit(node)
-        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-        if first == self._line and node.name == self._name:
+        if _stands_at(node, self._code):
             last = node.body[-1]
             mention = ast.Tuple([ast.Name(name, ast.Load()) for name in self._names], ast.Load())
             dead = ast.If(ast.Constant(False), [ast.Expr(mention)], [])
@@ -309,6 +401,41 @@ class _KeepNames(ast.NodeTransformer):
         return node
 
     visit_AsyncFunctionDef = visit_FunctionDef
+
+
+_SUPER = "_interp_jax_super"
+
+
+class _NameTheClass(ast.NodeTransformer):
+    """Writes a method's zero-argument `super()` out, with the class under a global name."""
+
+    def __init__(self, code: types.CodeType, name: str):
+        self._code, self._name = code, name
+        self._first: str | None = None
+
+    def visit_FunctionDef(self, node: Any) -> Any:
+        outer = self._first
+        if _stands_at(node, self._code):
+            parameters = [*node.args.posonlyargs, *node.args.args]
+            self._first = parameters[0].arg if parameters else None
+        self.generic_visit(node)
+        self._first = outer
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if self._first and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
+            node.args = [ast.Name(self._name, ast.Load()), ast.Name(self._first, ast.Load())]
+            # Under another name the compiler does not ask for the cell.
+            node.func = ast.Name(_SUPER, ast.Load())
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        return (
+            ast.copy_location(ast.Name(self._name, node.ctx), node) if self._first and node.id == "__class__" else node
+        )
 
 
 def imported_names(statement: str) -> dict[str, Any]:
@@ -419,9 +546,33 @@ def _active() -> frozenset[int]:
     return frozenset(id(request) for module in _modules.values() for request in module.requests)
 
 
-def patched_module(name: str) -> PatchedModule | None:
-    """The patches on a module, if there have been any."""
-    return _modules.get(name)
+def patched_modules() -> list[PatchedModule]:
+    """All modules that have been patched."""
+    return list(_modules.values())
+
+
+def by_module(request: Request, name: str, source: SourceText) -> dict[str, Request]:
+    """Splits a request by the modules that define its members: a package often only passes on what a submodule defines.
+
+    Args:
+        request: what a patcher wants.
+        name: the module that it names.
+        source: that module's source.
+
+    Returns:
+        Module name to its part of the request; one step of `from ... import` is followed.
+    """
+    parts: dict[str, list[ParsedPair]] = {name: []}
+    for pair in request.pairs:
+        origin = None if source.definitions(pair.member) else source.imported_from(pair.member, name)
+        module, member = origin or (name, pair.member)
+        parts.setdefault(module, []).append(dataclasses.replace(pair, member=member))
+    if len(parts) == 1:
+        return {name: request}
+    return {
+        module: dataclasses.replace(request, pairs=tuple(pairs), whole=request.whole or request)
+        for module, pairs in parts.items()
+    }
 
 
 def patched_module_of(module: types.ModuleType) -> PatchedModule:

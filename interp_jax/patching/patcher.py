@@ -12,7 +12,14 @@ from collections.abc import Mapping, Sequence
 from interp_jax.patching.errors import PatchError
 from interp_jax.patching.import_hook import stop_waiting, wait_for
 from interp_jax.patching.pair import Pair, pairs_of, parse_pair
-from interp_jax.patching.patched_module import Request, lock, patched_module, patched_module_of
+from interp_jax.patching.patched_module import (
+    PatchedModule,
+    Request,
+    by_module,
+    lock,
+    patched_module_of,
+    patched_modules,
+)
 from interp_jax.patching.pattern import Origin
 
 Pairs = Sequence[str | Pair | tuple[str, str]]
@@ -84,8 +91,18 @@ class Patcher:
         module = self._module or importlib.import_module(self.module_name)
         with lock:
             if not self._depth:
-                state = patched_module_of(module)
-                state.set_requests([*state.requests, self._request])
+                named = patched_module_of(module)
+                done: list[PatchedModule] = []
+                try:
+                    for name, part in by_module(self._request, self.module_name, named.source).items():
+                        state = named if name == self.module_name else patched_module_of(importlib.import_module(name))
+                        if part.pairs:
+                            state.set_requests([*state.requests, part])
+                            done.append(state)
+                except BaseException:
+                    for state in reversed(done):
+                        state.set_requests(state.without(self._request))
+                    raise
             self._depth += 1
 
     def uninstall(self) -> None:
@@ -97,10 +114,12 @@ class Patcher:
         with lock:
             if not self._depth:
                 raise PatchError(f"{self!r} is not installed.")
-            if self._depth == 1 and not stop_waiting(self.module_name, self._request):
-                state = patched_module(self.module_name)
-                assert state is not None
-                state.set_requests([request for request in state.requests if request is not self._request])
+            if self._depth == 1:
+                stop_waiting(self._request)
+                for state in patched_modules():
+                    left = state.without(self._request)
+                    if len(left) < len(state.requests):
+                        state.set_requests(left)
             self._depth -= 1
 
     def install_on_import(self) -> None:

@@ -69,13 +69,40 @@ class SourceText:
             an `if`; none where the source does not define it.
         """
         scopes: list[ast.AST] = [self.tree]
+        around: list[ast.AST] = []
         found: list[ast.stmt] = []
         names = member.split(".")
         for depth, name in enumerate(names):
             last = depth == len(names) - 1
             found = [s for scope in scopes for s in _statements_of(scope) if _defines(s, name, assignments=last)]
-            scopes = list(found)
+            around, scopes = scopes, list(found)
+        if found and not any(isinstance(statement, _Definition) for statement in found):
+            # `f = jit(g)`: the code of f is g's.
+            used = {n.id for s in found for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+            inner = [s for scope in [*around, self.tree] for s in _statements_of(scope) if isinstance(s, _Function)]
+            found += list(dict.fromkeys(s for s in inner if s.name in used))
         return found
+
+    def imported_from(self, member: str, module: str) -> tuple[str, str] | None:
+        """Where a member comes from that the source only imports.
+
+        Args:
+            member: dotted.
+            module: the name of the module that this is the source of.
+
+        Returns:
+            The name of the other module and the member there, or None if no `from ... import` binds it.
+        """
+        name, dot, rest = member.partition(".")
+        for statement in _statements_of(self.tree):
+            if not isinstance(statement, ast.ImportFrom):
+                continue
+            for alias in statement.names:
+                if (alias.asname or alias.name) == name:
+                    package = module if self.filename.endswith("__init__.py") else module.rpartition(".")[0]
+                    base = package.rsplit(".", statement.level - 1)[0] if statement.level else ""
+                    return ".".join(part for part in (base, statement.module) if part), alias.name + dot + rest
+        return None
 
     def member_names(self) -> list[str]:
         """The dotted names of everything that can be patched, for messages."""
