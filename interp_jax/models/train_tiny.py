@@ -7,8 +7,8 @@ transformer and the baselines are counted on the very same predictions of the sa
 Rows have no begin-of-text token: a row is a window of the stream of documents, so the first positions of a row predict
 from almost nothing, for the transformer as for the bigram.
 
-Nothing is written until training is over. Then each file is written whole; the weights come last but for
-`training.json`, which reports on them.
+Nothing is written until training is over. Then each file is written whole, and last `training.json` with the others'
+checksums, so that a directory in which two runs are mixed is not read back as a model.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from interp_jax.instrument import iterate
-from interp_jax.models import ngram, transformer
+from interp_jax.models import ngram, tiny, transformer
 from interp_jax.models.loss import next_token_loss
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import Transformer, TransformerConfig
@@ -83,11 +83,11 @@ class TrainTinyConfig:
 class Texts:
     """Rows of tokens from three disjoint sets of articles."""
 
-    train: Int[np.ndarray, " n"]
+    train: Int[np.ndarray, " n_train"]
     """The training articles as one stream, the end-of-text token after each."""
-    stopping: Int[np.ndarray, "n context"]
+    stopping: Int[np.ndarray, "n_stopping context"]
     """Rows that say when to stop."""
-    held_out: Int[np.ndarray, "n context"]
+    held_out: Int[np.ndarray, "n_held_out context"]
     """Rows that every reported loss is measured on."""
 
 
@@ -200,7 +200,7 @@ def evaluate(forward_loss: Callable, model: Transformer, rows: Int[np.ndarray, "
     return total / len(rows)
 
 
-def train(config: TrainTinyConfig, texts: Texts, console: Console) -> tuple[Transformer, list[dict[str, float]]]:
+def train(config: TrainTinyConfig, texts: Texts, console: Console) -> tuple[Transformer, list[dict[str, int | float]]]:
     """Trains and returns the parameters that were best on the stopping rows.
 
     Args:
@@ -285,7 +285,7 @@ def train(config: TrainTinyConfig, texts: Texts, console: Console) -> tuple[Tran
     return best, history
 
 
-def draw_curve(history: Sequence[dict[str, float]], held_out: dict[str, float], path: Path) -> None:
+def draw_curve(history: Sequence[dict[str, int | float]], held_out: dict[str, float], path: Path) -> None:
     """Draws the losses over steps, with the baselines as level lines, into an SVG file.
 
     Args:
@@ -303,7 +303,7 @@ def draw_curve(history: Sequence[dict[str, float]], held_out: dict[str, float], 
     axes.set(
         xlabel="step", ylabel="loss, nats a token", title=f"tiny-wikipedia: {held_out['transformer']:.2f} held-out"
     )
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     with matplotlib.rc_context({"svg.hashsalt": "tiny-wikipedia"}):  # the same ids in the file every time
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -326,9 +326,7 @@ def main(config: TrainTinyConfig) -> dict[str, Any]:
     training, stopping = split_documents(train_and_stopping, 0.06)
 
     backend = train_tokenizer([article.text for article in training], config.vocab_size)
-    config.output.mkdir(parents=True, exist_ok=True)
-    transformer.write_whole(config.output / "tokenizer.json", backend.to_str(pretty=True).encode())
-    tokenizer = Tokenizer.from_file(config.output / "tokenizer.json")
+    tokenizer = Tokenizer(backend, eos_id=backend.token_to_id(END_OF_TEXT))
 
     def rows(part) -> Int[np.ndarray, "n context"]:
         return pack([article.text for article in part], tokenizer, config.context)
@@ -352,6 +350,7 @@ def main(config: TrainTinyConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - started
 
     transformer.save(model, config.output, dtype=jnp.float16)
+    transformer.write_whole(config.output / "tokenizer.json", backend.to_str(pretty=True).encode())
     # What is reported is what a user loads: the stored weights, not those in memory.
     stored = transformer.load(config.output)
     losses["transformer"] = evaluate(jax.jit(lambda m, t: next_token_loss(m(t), t)), stored, texts.held_out)
@@ -364,6 +363,7 @@ def main(config: TrainTinyConfig) -> dict[str, Any]:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
         "stored_as": "float16",
         "tokens": {field.name: int(getattr(texts, field.name).size) for field in dataclasses.fields(Texts)},
+        "sha256": tiny.checksums(config.output),
         "training_text_sha256": hashlib.sha256("\n\n".join(a.text for a in training).encode()).hexdigest(),
         "stopping_articles": [article.title for article in stopping],
         "held_out_articles": [article.title for article in held_out],

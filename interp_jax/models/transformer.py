@@ -296,7 +296,7 @@ class Transformer(nnx.Module):
         """
         if tokens.shape[1] > self.config.context:
             raise ValueError(
-                f"The model's context is {self.config.context} and tokens has shape {tokens.shape}; cut its rows."
+                f"The model's context is {self.config.context} tokens and the rows have shape {tokens.shape}; cut them."
             )
         x = site(self.W_embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan), "embed", layer=None)
         for layer, block in enumerate(self.blocks):

@@ -276,6 +276,7 @@ def test_promoted_logits_are_the_last_stretch_of_the_model(config):
     np.testing.assert_allclose(promoted, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.caches  # its loop would be traced anew at every step
 def test_a_model_is_a_pytree_that_optax_trains():
     model, tokens = Transformer(LLAMA, jax.random.key(0)), random_tokens(LLAMA)
     optimizer = optax.adam(0.03)
