@@ -33,6 +33,7 @@ from typing import NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 CHUNK = 512
@@ -132,7 +133,8 @@ def _check(signals: Array, dictionary: Array, l0: int, tolerance: float) -> None
                 f"{name} have dtype {value.dtype}; expected a floating type. Convert with .astype('float32')."
             )
     if not isinstance(dictionary, jax.core.Tracer):
-        bad = jnp.flatnonzero(~jnp.all(jnp.isfinite(dictionary), axis=1))
+        # NumPy's, since under jit a jnp operation would give a tracer, although this dictionary is concrete.
+        bad = np.flatnonzero(~np.isfinite(np.asarray(dictionary, np.float32)).all(axis=1))
         if bad.size:
             raise ValueError(f"dictionary row {int(bad[0])} holds NaN or infinity ({bad.size} such rows in all).")
 
@@ -184,7 +186,9 @@ def _pursue_chunk(
     weights = jnp.take_along_axis(weights, order, axis=1)
     indices = jnp.where(weights == 0, -1, jnp.take_along_axis(indices, order, axis=1))
     residual = signals - jnp.einsum("bk,bkd->bd", weights, dictionary[indices], precision=_PRECISE)
-    return SparseCode(indices, weights, jnp.sum(weights != 0, axis=1), _norm(residual))
+    is_sound = jnp.all(jnp.isfinite(inverse_norms))
+    residual_norm = jnp.where(is_sound, _norm(residual), jnp.nan)
+    return SparseCode(indices, weights, jnp.sum(weights != 0, axis=1), residual_norm)
 
 
 def _search(
@@ -247,7 +251,7 @@ def _search(
 
 def _first_maximum(scores: Float[Array, "batch n_units"]) -> tuple[Float[Array, "batch"], Int[Array, "batch"]]:
     """The greatest score of each row and its first position, by way of blocks; NaN where the row holds one."""
-    blocks = scores.reshape(scores.shape[0], -1, BLOCK)
+    blocks = scores.reshape(scores.shape[0], scores.shape[1] // BLOCK, BLOCK)
     maxima = jnp.max(blocks, axis=2)
     which = jnp.argmax(maxima, axis=1)
     block = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]

@@ -141,8 +141,8 @@ class ShuffleBuffer:
             raise ValueError(f"{path} does not hold a whole shuffle buffer ({error}).") from None
         if (facts["capacity"], facts["batch_size"]) != (self.capacity, self.batch_size):
             raise ValueError(
-                f"{path} is from a buffer of capacity {facts['capacity']} and batch_size {facts['batch_size']}; this one "
-                f"has {self.capacity} and {self.batch_size}."
+                f"{path} is from a buffer of capacity {facts['capacity']} and batch_size {facts['batch_size']}; "
+                f"this one has {self.capacity} and {self.batch_size}."
             )
         self.n_taken = facts["n_taken"]
         self._random.bit_generator.state = facts["random"]

@@ -216,8 +216,8 @@ class ActivationStore:
             if problem:
                 left = len(shards) - number - 1
                 warnings.warn(
-                    f"{self.directory / shard['file']} {problem}: it and the {left} shards after it are left out. Extend "
-                    "the store to write them again.",
+                    f"{self.directory / shard['file']} {problem}: it and the {left} shards after it are left out. "
+                    "Extend the store to write them again.",
                     stacklevel=4,
                 )
                 break

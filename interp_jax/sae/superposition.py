@@ -1,7 +1,7 @@
 """Toy activations with a known answer: sparse features in superposition.
 
-Elhage et al., "Toy models of superposition", 2022. More unit directions than dimensions, a few of them active in each row with exponential strengths. A trained SAE must
-find the directions again.
+Elhage et al., "Toy models of superposition", 2022. More unit directions than dimensions, a few of them active in each
+row with exponential strengths. A trained SAE must find the directions again.
 """
 
 import jax

@@ -35,10 +35,10 @@ class TopKSAE(nnx.Module):
     def __init__(
         self,
         *,
-        W_enc: Float[Array, "d_in d_sae"],
-        b_enc: Float[Array, "d_sae"],
-        W_dec: Float[Array, "d_sae d_in"],
-        b_dec: Float[Array, "d_in"],
+        W_enc: Float[Array, "_d_in _d_sae"],
+        b_enc: Float[Array, "_d_sae"],
+        W_dec: Float[Array, "_d_sae _d_in"],
+        b_dec: Float[Array, "_d_in"],
         k: int,
     ):
         """An SAE of given weights.

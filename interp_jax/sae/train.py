@@ -104,16 +104,16 @@ class TrainConfig:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["sae", "moments", "idle", "scale"], meta_fields=[])
 @dataclasses.dataclass
 class TrainState:
-    """All that a run changes as it goes on."""
+    """All that a run changes as it goes on. A pytree: its leaves may also be the shapes of arrays."""
 
-    sae: TopKSAE
-    """The autoencoder, for inputs multiplied by `scale`."""
-    moments: optax.OptState
+    sae: Any
+    """TopKSAE: the autoencoder, for inputs multiplied by `scale`."""
+    moments: Any
     """Adam's state."""
-    idle: Int[Array, "d_sae"]
-    """Rows since each latent was last active."""
-    scale: Float[Array, ""]
-    """What inputs are multiplied by."""
+    idle: Any
+    """int32 [d_sae]: rows since each latent was last active."""
+    scale: Any
+    """float32 scalar: what inputs are multiplied by."""
 
 
 def train(
@@ -123,7 +123,7 @@ def train(
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
-) -> tuple[TopKSAE, list[dict[str, float]]]:
+) -> tuple[TopKSAE, list[dict[str, int | float]]]:
     """Trains a TopK SAE.
 
     Args:
@@ -332,7 +332,7 @@ class _Stream:
 class _MetricsLog:
     """The history in memory, and line by line in `metrics.jsonl`."""
 
-    def __init__(self, directory: pathlib.Path | None, history: list[dict[str, float]]):
+    def __init__(self, directory: pathlib.Path | None, history: list[dict[str, int | float]]):
         self.history = list(history)
         self._path = None
         if directory is not None:
@@ -343,7 +343,7 @@ class _MetricsLog:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
             os.replace(temporary, self._path)
 
-    def add(self, line: dict[str, float]) -> None:
+    def add(self, line: dict[str, int | float]) -> None:
         self.history.append(line)
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:

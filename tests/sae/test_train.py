@@ -1,0 +1,262 @@
+"""Training: what it finds, what it keeps to, and that an interruption at any moment changes nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from interp_jax.sae import NonFiniteLossError, TopKSAE, TrainConfig, evaluate, load_saelens, mean_max_cosine, train
+from interp_jax.sae.auxiliary_k import add_auxiliary_gradient
+from interp_jax.sae.superposition import random_directions, superposed
+from interp_jax.sae.unit_norm import tangent, to_unit_norm
+
+pytestmark = pytest.mark.caches  # a compiled step that is traced anew for every batch would take minutes
+
+DIRECTIONS = random_directions(jax.random.key(1), 96, 40)
+
+
+@jax.jit
+def toy(step):
+    return superposed(jax.random.key(step), DIRECTIONS, 256, 3) * 7.0 + 0.5
+
+
+def config_of(**changes):
+    defaults = {"d_in": 40, "d_sae": 64, "k": 4, "n_steps": 12, "log_every": 2, "checkpoint_every": 4, "dead_after": 512}
+    return TrainConfig(**{**defaults, **changes})
+
+
+def arrays_of(sae):
+    return {name: np.asarray(getattr(sae, name)[...]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+
+def assert_same(ours, theirs):
+    for name, array in arrays_of(theirs).items():
+        np.testing.assert_array_equal(arrays_of(ours)[name], array, err_msg=name)
+
+
+def test_a_trained_sae_finds_the_directions_in_superposition():
+    config = TrainConfig(40, 192, k=3, n_steps=1200, learning_rate=3e-3, dead_after=10_000, k_aux=32)
+    sae, history = train(config, toy)
+    assert mean_max_cosine(DIRECTIONS, sae.W_dec[...]) > 0.95
+    assert history[-1]["dead_share"] < 0.1
+    found = evaluate(sae, [toy(10_000 + number) for number in range(4)])
+    assert found.l0 <= 3
+    assert found.fvu < 0.1
+    np.testing.assert_allclose(jnp.linalg.norm(sae.W_dec[...], axis=1), 1, rtol=1e-5)
+    # The scale of the inputs was folded away: what was logged in training holds for activations as they come.
+    assert found.fvu == pytest.approx(history[-1]["fvu"], rel=0.25)
+
+
+def test_auxiliary_k_revives_dead_latents():
+    """From a start in which three quarters of the latents never fire, they do with auxiliary-k and do not without."""
+    shares = {}
+    for coefficient in (0.0, 1 / 32):
+        config = TrainConfig(40, 256, k=3, n_steps=500, learning_rate=2e-3, aux_coefficient=coefficient, dead_after=5_000)
+        shares[coefficient] = train(config, toy)[1][-1]["dead_share"]
+    assert shares[0.0] > 0.15
+    assert shares[1 / 32] < 0.5 * shares[0.0]
+
+
+def test_the_auxiliary_gradient_is_that_of_the_dense_formula():
+    sae = TopKSAE.random(8, 30, 2, key=jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (50, 8))
+    error = x - sae(x)
+    idle = jnp.where(jnp.arange(30) % 3 == 0, 1000 + jnp.arange(30), 0).astype(jnp.int32)
+    zeros = jax.tree.map(jnp.zeros_like, sae)
+    settings = {"dead_after": 100, "k_aux": 4, "coefficient": 0.5}
+
+    def dense_loss(sae):
+        pre = sae.pre_activations(x)
+        pre = jnp.where(idle > 100, pre, -jnp.inf)
+        kept = pre >= jnp.sort(jax.lax.stop_gradient(pre), axis=1)[:, -4:-3]
+        codes = jnp.where(kept & (pre > 0), pre, 0)
+        return 0.5 * jnp.mean(jnp.sum((error - codes @ sae.W_dec[...]) ** 2, axis=1))
+
+    ours = add_auxiliary_gradient(zeros, sae, x, error, idle, **settings)
+    expected = jax.grad(dense_loss)(sae)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        np.testing.assert_allclose(arrays_of(ours)[name], arrays_of(expected)[name], atol=1e-5)
+    nothing_dead = add_auxiliary_gradient(zeros, sae, x, error, jnp.zeros(30, jnp.int32), **settings)
+    assert all((array == 0).all() for array in arrays_of(nothing_dead).values())
+
+
+def test_unit_norm_is_both_halves():
+    rows = to_unit_norm(jax.random.normal(jax.random.key(0), (6, 5)))
+    gradient = tangent(jax.random.normal(jax.random.key(1), (6, 5)), rows)
+    np.testing.assert_allclose(jnp.sum(gradient * rows, axis=1), 0, atol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(to_unit_norm(rows + gradient), axis=1), 1, rtol=1e-6)
+    assert (to_unit_norm(jnp.zeros((2, 5))) == 0).all()
+
+
+def test_adam_without_its_first_moment_is_adam_with_beta1_zero():
+    gradients = jax.random.normal(jax.random.key(0), (5, 7))
+    lean = optax.scale_by_rms(0.999, eps=6.25e-10, initial_scale=0, eps_in_sqrt=False, bias_correction=True)
+    full = optax.scale_by_adam(0.0, 0.999, eps=6.25e-10)
+    lean_state, full_state = lean.init(gradients[0]), full.init(gradients[0])
+    for gradient in gradients:
+        ours, lean_state = lean.update(gradient, lean_state)
+        theirs, full_state = full.update(gradient, full_state)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_an_iterable_and_a_function_of_the_step_train_alike(tmp_path):
+    config = config_of()
+    by_function, history = train(config, toy, checkpoint_dir=tmp_path)
+    by_iterable, _ = train(config, [np.asarray(toy(step)) for step in range(12)])
+    assert_same(by_function, by_iterable)
+    assert [line["step"] for line in history] == [2, 4, 6, 8, 10, 12]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == history
+
+
+def test_on_step_sees_every_step_with_its_metrics():
+    seen = []
+    train(config_of(n_steps=5), toy, on_step=lambda step, metrics: seen.append((step, metrics["fvu"])))
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    assert all(np.isfinite(fvu) for _, fvu in seen)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step(done, metrics):
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, beta1):
+    config = config_of(beta1=beta1)
+    whole, history = train(config, toy)
+    with pytest.raises(Stop):
+        train(config, toy, checkpoint_dir=tmp_path, on_step=stop_at(7))
+    asked = []
+
+    def batches(step):
+        asked.append(step)
+        return toy(step)
+
+    resumed, resumed_history = train(config, batches, checkpoint_dir=tmp_path, resume=True)
+    assert_same(resumed, whole)
+    assert resumed_history == history
+    assert asked == list(range(4, 12))
+    again, _ = train(config, toy, checkpoint_dir=tmp_path, resume=True)
+    assert_same(again, whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
+    config = config_of()
+    whole, _ = train(config, toy, checkpoint_dir=tmp_path)
+    newest = max(tmp_path.glob("step_*"))
+    assert newest.name == "step_00000012"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match=r"step_00000012 is not whole .* differs"):
+        resumed, _ = train(config, toy, checkpoint_dir=tmp_path, resume=True)
+    assert_same(resumed, whole)
+    newest = max(tmp_path.glob("step_*"))
+    (newest / "whole.json").unlink()  # as a killed writer leaves it
+    with pytest.warns(UserWarning, match="writing it was interrupted"):
+        resumed, _ = train(config, toy, checkpoint_dir=tmp_path, resume=True)
+    assert_same(resumed, whole)
+
+
+CHILD = """
+    import sys, time
+    import jax
+    from tests_toy import batches
+    from interp_jax.sae import TrainConfig, save_saelens, train
+
+    config = TrainConfig(40, 64, k=4, n_steps=60, log_every=5, checkpoint_every=7, dead_after=512)
+
+    def on_step(step, metrics):
+        print(step, flush=True)
+        time.sleep(0.02)
+
+    sae, _ = train(config, batches, checkpoint_dir=sys.argv[1], resume=True, on_step=on_step)
+    save_saelens(sae, sys.argv[2], model_name="toy", hook_name="x")
+"""
+
+TOY = """
+    import numpy as np
+
+    def batches(step):
+        return np.random.default_rng(step).normal(size=(64, 40)).astype(np.float32)
+"""
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
+    (tmp_path / "tests_toy.py").write_text(textwrap.dedent(TOY))
+    (tmp_path / "child.py").write_text(textwrap.dedent(CHILD))
+
+    command = [sys.executable, str(tmp_path / "child.py"), str(tmp_path / "run"), str(tmp_path / "result")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+
+    def start():
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    for at in (6, 27):  # before the first checkpoint, and around the writing of the fourth
+        child = start()
+        assert child.stdout is not None
+        while int(child.stdout.readline()) < at:
+            pass
+        time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL
+    last = start()
+    steps, _ = last.communicate()
+    assert last.returncode == 0
+    assert int(steps.split()[0]) > 7, "the last start went on from a checkpoint"
+
+    def batches(step):
+        return np.random.default_rng(step).normal(size=(64, 40)).astype(np.float32)
+
+    undisturbed, _ = train(config_of(n_steps=60), batches)
+    assert_same(load_saelens(tmp_path / "result"), undisturbed)
+
+
+def test_a_nan_stops_the_run_at_its_step(tmp_path):
+    def batches(step):
+        return toy(step).at[3, 5].set(jnp.nan) if step == 6 else toy(step)
+
+    with pytest.raises(NonFiniteLossError, match=r"step 7 .*Likely causes: NaN or infinity in that batch"):
+        train(config_of(), batches, checkpoint_dir=tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004"]
+    resumed, _ = train(config_of(), toy, checkpoint_dir=tmp_path, resume=True)
+    assert_same(resumed, train(config_of(), toy)[0])
+
+
+def test_bad_inputs_are_refused_before_long_work(tmp_path):
+    with pytest.raises(ValueError, match="k is 65; expected 1 to d_sae = 64"):
+        config_of(k=65)
+    with pytest.raises(ValueError, match="beta2 is 1.5"):
+        config_of(beta2=1.5)
+    with pytest.raises(ValueError, match=r"batch of step 0 has shape \(256, 40\); expected \[batch, 41\]"):
+        train(config_of(d_in=41), toy)
+    with pytest.raises(ValueError, match="batches ended after 0 steps"):
+        train(config_of(), [])
+    with pytest.raises(ValueError, match="resume needs the checkpoint_dir"):
+        train(config_of(), toy, resume=True)
+    train(config_of(), toy, checkpoint_dir=tmp_path)
+    other = dataclasses.replace(config_of(), learning_rate=0.5, seed=3, keep=1)
+    with pytest.raises(ValueError, match=r"learning_rate was 0.001, is 0.5; seed was 0, is 3\)"):
+        train(other, toy, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"holds arrays"):
+        train(config_of(d_sae=128), toy, checkpoint_dir=tmp_path, resume=True)
