@@ -1,7 +1,7 @@
 """One command line over everything: `interp-jax COMMAND`.
 
-Each command imports what it needs when it runs, so that `--help` is quick. A mistake that a user can make ends in one line on standard
-error and exit status 1, not in a traceback.
+Each command imports what it needs when it runs, so that `--help` is quick. A mistake that a user can make ends in one
+line on standard error and exit status 1, not in a traceback.
 """
 
 import pathlib
@@ -72,6 +72,8 @@ def sites(
     from interp_jax.models.known import load
 
     language_model = load(model)
+    if layer is not None and not 0 <= layer < language_model.n_layers:
+        raise ValueError(f"{model} has no layer {layer}; its layers are 0 to {language_model.n_layers - 1}")
     table = list_sites(language_model.forward)(language_model.params, jax.ShapeDtypeStruct((1, 128), jnp.int32))
     print(table if layer is None else SiteTable(tuple(row for row in table if row.layer == layer)))
 

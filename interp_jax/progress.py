@@ -1,6 +1,7 @@
 """Progress on anything that takes longer than two seconds: a bar with tokens a second and the time left.
 
-On a terminal it is a live bar. Elsewhere (a log, CI) a line is written at the start and at the end of each stage, so that a log stays readable.
+On a terminal it is a live bar. Elsewhere (a log, CI) a line is written at the start and at the end of each stage, so
+that a log stays readable.
 """
 
 import contextlib
@@ -43,10 +44,11 @@ def advancing(description: str, total: int, *, unit: str = "tokens", done: int =
             nonlocal count
             count += units
 
-        _console.print(f"{description}: {total - done:,} {unit}")
+        _console.print(f"{description}: {total - done:,} {unit}", soft_wrap=True)
         yield count_up
         seconds = time.monotonic() - start
-        _console.print(f"{description}: {count:,} {unit} in {seconds:.0f} s, {count / max(seconds, 1e-9):,.0f} {unit}/s")
+        rate = f"{count / max(seconds, 1e-9):,.0f} {unit}/s"
+        _console.print(f"{description}: {count:,} {unit} in {seconds:.0f} s, {rate}", soft_wrap=True)
         return
     columns = (
         rich.progress.TextColumn("{task.description}"),

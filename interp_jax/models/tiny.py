@@ -1,7 +1,7 @@
 """The project's own tiny language model: real, trained, and there without a download.
 
 About a million parameters, byte-level BPE of 2048 tokens, trained on an excerpt of the English Wikipedia by
-`python -m interp_jax.models.train_tiny`. The files lie in `interp_jax/models/tiny_wikipedia/`: `config.json`,
+`python -m interp_jax.train_tiny`. The files lie in `interp_jax/models/tiny_wikipedia/`: `config.json`,
 `model.safetensors` (float16; computed in float32), `tokenizer.json`, `training.json` (losses, baselines, settings, the
 titles of the articles that it has not seen, checksums) and `training_curve.svg`. `training.json` is written last: files
 that do not have its checksums are of another run, or of one that was interrupted while it wrote, and are refused.

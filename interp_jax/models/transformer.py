@@ -41,8 +41,6 @@ Hazards:
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +54,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from interp_jax.instrument import site
+from interp_jax.whole_file import write_whole
 
 _INIT_STD = 0.02  # GPT-2's, for every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
 
@@ -451,16 +450,3 @@ def _read_config(path: Path) -> TransformerConfig:
             f"{path} is not a TransformerConfig: missing {sorted(known - given)}, unknown {sorted(given - known)}."
         )
     return TransformerConfig(**fields)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: a temporary file in the same directory, then a rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp's files are private; a model's are not
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

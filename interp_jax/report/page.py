@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from interp_jax.report import pictures
 from interp_jax.report.demo_report import DemoReport
-from interp_jax.report.write_file import write_file
+from interp_jax.whole_file import write_whole
 
 __all__ = ["render_page", "write_page"]
 
@@ -77,7 +77,7 @@ def write_page(path: str | os.PathLike[str], report: DemoReport) -> pathlib.Path
     Returns:
         The path.
     """
-    return write_file(path, render_page(report))
+    return write_whole(path, render_page(report))
 
 
 def _resource(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from interp_jax.report.demo_report import DemoReport
-from interp_jax.report.write_file import write_file
+from interp_jax.whole_file import write_whole
 
 __all__ = ["to_json", "write_results"]
 
@@ -40,7 +40,7 @@ def write_results(path: str | os.PathLike[str], report: DemoReport) -> pathlib.P
     Returns:
         The path.
     """
-    return write_file(path, to_json(report))
+    return write_whole(path, to_json(report))
 
 
 def _plain(value: Any) -> Any:

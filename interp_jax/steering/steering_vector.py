@@ -7,13 +7,14 @@ import dataclasses
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import Float
+from jaxtyping import Array, Float
+
+from interp_jax.whole_file import write_whole
 
 __all__ = ["SteeringVector"]
 
@@ -24,8 +25,8 @@ _FORMAT = "interp_jax.SteeringVector/1"
 class SteeringVector:
     """A direction, the place where it is added, and where it came from."""
 
-    direction: Float[np.ndarray, "width"]
-    """float32, in the units of the activation: a coefficient of 1 adds it as it is."""
+    direction: Float[np.ndarray | Array, "width"]
+    """Kept as a float32 NumPy array, in the units of the activation: a coefficient of 1 adds it as it is."""
     layer: int | None
     """The site's layer."""
     site: str = "resid_post"
@@ -58,18 +59,9 @@ class SteeringVector:
         Args:
             path: the file; one that is there is replaced.
         """
-        path = pathlib.Path(path)
         about = {"format": _FORMAT, "layer": self.layer, "site": self.site, "source": self.source}
-        data = safetensors.numpy.save({"direction": self.direction}, metadata={"steering_vector": json.dumps(about)})
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)  # mkstemp gives 0600
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        data = safetensors.numpy.save({"direction": np.asarray(self.direction)}, metadata={"steering_vector": json.dumps(about)})
+        write_whole(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SteeringVector":

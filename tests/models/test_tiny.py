@@ -15,10 +15,11 @@ from rich.console import Console
 
 import interp_jax.instrument as instrument
 from interp_jax.installed_data import MissingDataError
-from interp_jax.models import ngram, train_tiny
+from interp_jax import train_tiny
+from interp_jax.models import ngram
 from interp_jax.models.loss import next_token_loss, next_token_losses
 from interp_jax.models.tiny import load_tiny
-from interp_jax.models.train_tiny import Texts, TrainTinyConfig
+from interp_jax.train_tiny import Texts, TrainTinyConfig
 
 FILES = Path(str(resources.files("interp_jax.models"))) / "tiny_wikipedia"
 

@@ -1,4 +1,4 @@
-"""Trains the tiny language model on the Wikipedia excerpt: `python -m interp_jax.models.train_tiny`.
+"""Trains the tiny language model on the Wikipedia excerpt: `python -m interp_jax.train_tiny`.
 
 The articles are divided three ways, by document: training text; a few articles that say when to stop (and choose the
 bigram baseline's discount); held-out articles that decide nothing and on which every reported loss is measured. The
@@ -32,11 +32,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from interp_jax.activations.tokens import pack, split_documents
+from interp_jax.activations.wikipedia import articles
 from interp_jax.instrument import iterate
 from interp_jax.models import ngram, tiny, transformer
 from interp_jax.models.loss import next_token_loss
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import Transformer, TransformerConfig
+from interp_jax.whole_file import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -45,7 +48,7 @@ END_OF_TEXT = "<|endoftext|>"
 class TrainTinyConfig:
     """Trains the tiny language model and writes it, its tokenizer, its losses and its curve into a directory."""
 
-    output: Path = Path(__file__).parent / "tiny_wikipedia"
+    output: Path = Path(__file__).parent / "models" / "tiny_wikipedia"
     """Directory to write to."""
     vocab_size: int = 2048
     """Tokens of the byte-level BPE, the end-of-text token included."""
@@ -317,9 +320,6 @@ def main(config: TrainTinyConfig) -> dict[str, Any]:
     Returns:
         What stands in `training.json`.
     """
-    # The one import upward in models/: only this script needs text, nothing that it trains does.
-    from interp_jax.activations.tokens import pack, split_documents
-    from interp_jax.activations.wikipedia import articles
 
     console = Console()
     train_and_stopping, held_out = split_documents(articles())
@@ -350,7 +350,7 @@ def main(config: TrainTinyConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - started
 
     transformer.save(model, config.output, dtype=jnp.float16)
-    transformer.write_whole(config.output / "tokenizer.json", backend.to_str(pretty=True).encode())
+    write_whole(config.output / "tokenizer.json", backend.to_str(pretty=True).encode())
     # What is reported is what a user loads: the stored weights, not those in memory.
     stored = transformer.load(config.output)
     losses["transformer"] = evaluate(jax.jit(lambda m, t: next_token_loss(m(t), t)), stored, texts.held_out)
@@ -375,8 +375,8 @@ def main(config: TrainTinyConfig) -> dict[str, Any]:
         curve = config.output / ".training_curve.svg"
         cleanup.callback(curve.unlink, missing_ok=True)
         draw_curve(history, losses, curve)
-        transformer.write_whole(config.output / "training_curve.svg", curve.read_bytes())
-    transformer.write_whole(config.output / "training.json", (json.dumps(record, indent=2) + "\n").encode())
+        write_whole(config.output / "training_curve.svg", curve.read_bytes())
+    write_whole(config.output / "training.json", (json.dumps(record, indent=2) + "\n").encode())
     console.print(
         f"held-out loss {losses['transformer']:.4f} nats a token, "
         f"{record['margin_over_bigram']:.4f} below the bigram's; written to {config.output}"

@@ -1,0 +1,39 @@
+"""Writing a file whole or not at all: what was interrupted is never read back as a file.
+
+The content goes to a temporary file in the same folder, is synced to the disk, and takes the file's place by a rename.
+"""
+
+import os
+import pathlib
+import tempfile
+
+__all__ = ["write_whole"]
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes | str) -> pathlib.Path:
+    """Writes a file that is either whole or as it was before.
+
+    Args:
+        path: the file; one that is there is replaced. Its folder is made where it is missing.
+        content: what it is to hold; text is written as UTF-8.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: if it cannot be written, since the disk is full for instance. Nothing of it is left then.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's files are private; these are there to be read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path

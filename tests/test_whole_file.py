@@ -1,0 +1,24 @@
+"""A file is whole or as it was."""
+
+import os
+
+import pytest
+
+from interp_jax.whole_file import write_whole
+
+
+def test_writes_bytes_and_text_and_makes_the_folder(tmp_path):
+    path = write_whole(tmp_path / "deep" / "a.txt", "häus\n")
+    assert path.read_bytes() == "häus\n".encode()
+    write_whole(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(path.parent) == ["a.txt"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    path = write_whole(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "\ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
