@@ -2,8 +2,8 @@
 
     python -m benchmarks.instrument
 
-Setting: a 12-layer transformer-like stack in f32, 6 sites a layer, d 256, batch 8 x 64. Timings alternate A B A B, so that a drift of the
-machine falls on both.
+Setting: a 12-layer transformer-like stack in f32, 6 sites a layer, d 256, batch 8 x 64. Timings alternate A B A B, so
+that a drift of the machine falls on both.
 """
 
 import json

@@ -1,9 +1,10 @@
 """One command line over everything: `interp-jax COMMAND`.
 
 Each command imports what it needs when it runs, so that `--help` is quick. A mistake that a user can make ends in one
-line on standard error and exit status 1, not in a traceback.
+line on standard error and exit status 1; `INTERP_JAX_TRACEBACK=1` shows the traceback instead.
 """
 
+import os
 import pathlib
 import sys
 from typing import Annotated, Literal
@@ -88,7 +89,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(1)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        if "--traceback" in sys.argv:
+        if os.environ.get("INTERP_JAX_TRACEBACK"):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

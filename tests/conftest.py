@@ -10,6 +10,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _leaks_are_checked(request: pytest.FixtureRequest):
-    """Every test fails on a leaked tracer, but for those marked `caches`: the leak checker bypasses JAX's trace caches."""
+    """A leaked tracer fails a test, unless it is marked `caches`: the leak checker bypasses the trace caches."""
     with jax.check_tracer_leaks(request.node.get_closest_marker("caches") is None):
         yield

@@ -1,4 +1,4 @@
-"""The demo as a person runs it: a process of its own on the real model, interrupted for real, resumed, its page read."""
+"""The demo as a person runs it: a process of its own on the real model, killed for real, resumed, its page read."""
 
 import html.parser
 import json
@@ -26,7 +26,8 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         for name, value in attrs:
-            if name in ("src", "href", "srcset", "action", "data", "poster") and not (value or "").startswith(("#", "data:")):
+            is_address = name in ("src", "href", "srcset", "action", "data", "poster")
+            if is_address and not (value or "").startswith(("#", "data:")):
                 self.fetched.append((tag, value))
 
     def handle_data(self, data):

@@ -1,1 +1,1 @@
-"""From text to activation batches: articles, token rows, streams, shuffling, storage. Import the module that you need."""
+"""From text to activation batches: articles, token rows, streams, shuffling, storage. Import what you need."""

@@ -60,7 +60,8 @@ class SteeringVector:
             path: the file; one that is there is replaced.
         """
         about = {"format": _FORMAT, "layer": self.layer, "site": self.site, "source": self.source}
-        data = safetensors.numpy.save({"direction": np.asarray(self.direction)}, metadata={"steering_vector": json.dumps(about)})
+        tensors = {"direction": np.asarray(self.direction)}
+        data = safetensors.numpy.save(tensors, metadata={"steering_vector": json.dumps(about)})
         write_whole(path, data)
 
     @classmethod

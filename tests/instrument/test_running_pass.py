@@ -1,4 +1,4 @@
-"""The loop over a small model, in eager code and under jit, checkpoint and grad, against the same model written out by hand."""
+"""The loop over a small model, eager and under jit, checkpoint and grad, against the model written out by hand."""
 
 import functools
 import gc

@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 import interp_jax.instrument as instrument
-from interp_jax.installed_data import MissingDataError
 from interp_jax import train_tiny
+from interp_jax.installed_data import MissingDataError
 from interp_jax.models import ngram
 from interp_jax.models.loss import next_token_loss, next_token_losses
 from interp_jax.models.tiny import load_tiny
