@@ -37,6 +37,8 @@ class _Line:
     """The line of the source that this must stay, None for a line that may stand anywhere between its neighbours."""
     origins: list[Origin]
     may_go: bool = False
+    may_be_commented: bool = True
+    """Not inside a string, nor before a backslash."""
     """A blank line of the source, outside any string."""
 
 
@@ -55,13 +57,14 @@ class Layout:
     def parse(self, filename: str) -> ast.Module:
         """The syntax tree of the text, its lines numbered by entry."""
         tree = ast.parse(self.text, filename)
-        if all(entry.count("\n") <= 1 for entry in self.entries):
+        heights = [entry.removesuffix("\n").count("\n") + 1 for entry in self.entries]
+        if max(heights) == 1:
             return tree
         numbers = [0]
         folded: set[int] = set()
-        for number, entry in enumerate(self.entries, 1):
-            numbers += [number] * max(1, entry.count("\n"))
-            if entry.count("\n") > 1:
+        for number, height in enumerate(heights, 1):
+            numbers += [number] * height
+            if height > 1:
                 folded.add(number)
         for node in ast.walk(tree):
             if hasattr(node, "lineno"):
@@ -85,7 +88,7 @@ def lay_out(source: SourceText, pieces: Sequence[Piece]) -> Layout:
     """
     count = len(source.lines)
     lines = _without_blank_lines_in_the_way(_in_increasing_order(_lines(source, pieces)), count)
-    return Layout(tuple(_entries(_with_commentable_origins(lines), count)))
+    return Layout(tuple(_entries(_with_places_for_comments(lines), count)))
 
 
 def _lines(source: SourceText, pieces: Sequence[Piece]) -> list[_Line]:
@@ -127,8 +130,8 @@ def _in_increasing_order(lines: list[_Line]) -> list[_Line]:
     return lines
 
 
-def _with_commentable_origins(lines: list[_Line]) -> list[_Line]:
-    """Forgets the origin of lines that cannot end in a comment: inside a string, before a backslash."""
+def _with_places_for_comments(lines: list[_Line]) -> list[_Line]:
+    """Finds the lines that cannot end in a comment."""
     text = "\n".join(line.text for line in lines) + "\n"
     ends = {
         token.start[0]
@@ -136,8 +139,7 @@ def _with_commentable_origins(lines: list[_Line]) -> list[_Line]:
         if token.type in (tokenize.NEWLINE, tokenize.NL)
     }
     for number, line in enumerate(lines, 1):
-        if number not in ends:
-            line.origins = []
+        line.may_be_commented = number in ends
     return lines
 
 
@@ -194,7 +196,7 @@ class _Cell:
     def _row(self, row: list[_Line]) -> str:
         text = "; ".join([row[0].text, *(line.text.strip() for line in row[1:])])
         origins = list(dict.fromkeys(origin for line in row for origin in line.origins))
-        if not origins or not text.strip():
+        if not origins or not text.strip() or not row[-1].may_be_commented:
             return text
         shown = [str(origins[0]), *(str(o.line) if o.path == origins[0].path else str(o) for o in origins[1:])]
         return f"{text}  # {', '.join(shown)}"

@@ -1,10 +1,12 @@
 """A pair: what to look for in a member, and what to put there."""
 
+import ast
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from interp_jax.patching.errors import MatchError
-from interp_jax.patching.matching import find
+from interp_jax.patching.matching import Match, find
 from interp_jax.patching.nearest import nearest_as_diff
 from interp_jax.patching.pattern import Origin, Pattern, parse_pattern
 from interp_jax.patching.rewriting import Edit, check_bindings, make_edit
@@ -64,6 +66,7 @@ class ParsedPair:
         roots = source.definitions(self.member)
         matches = find(self.before, roots, as_expression=self.is_expression)
         if len(matches) == self.count:
+            self._refuse_f_strings(source, roots, matches)
             return [
                 make_edit(source, match, self.after, is_expression=self.is_expression, label=self.label)
                 for match in matches
@@ -82,6 +85,20 @@ class ParsedPair:
             nearest = nearest_as_diff(source, roots, self.before, is_expression=self.is_expression)
             head += f"The nearest there (- the pattern, + the source):\n{_indented(nearest)}\n"
         raise MatchError(f"{head}{versions}")
+
+    def _refuse_f_strings(self, source: SourceText, roots: Sequence[ast.stmt], matches: Sequence[Match]) -> None:
+        """Before Python 3.12 the tree does not know where in the text the code inside an f-string stands."""
+        if sys.version_info >= (3, 12):
+            return
+        strings = [node for root in roots for node in ast.walk(root) if isinstance(node, ast.JoinedStr)]
+        inside = {node for string in strings for node in ast.walk(string) if node is not string}
+        for match in matches:
+            if match.nodes[0] in inside:
+                line = match.nodes[0].lineno  # pyright: ignore[reportAttributeAccessIssue]
+                raise MatchError(
+                    f"{self.before.origin}: the pattern matches inside an f-string ({source.filename}:{line}), where Python "
+                    "before 3.12 tells no positions. Match the whole f-string, or the statement around it."
+                )
 
 
 def parse_pair(member: str, pair: Pair, made_at: Origin) -> ParsedPair:

@@ -168,6 +168,8 @@ class PatchedModule:
         try:
             layout = lay_out(source, TextRewriter(source, edits).render(0, len(source.text)))
             tree = layout.parse(source.filename)
+            # Some faults (a nonlocal without its variable) are the compiler's to find.
+            _compile(tree, source.filename)
         except SyntaxError as error:
             raise PatchError(
                 f"{source.filename}:{error.lineno}: with the patches at {origins} the module is no longer Python: "
@@ -233,7 +235,7 @@ class PatchedModule:
         pristine = codes_by_key(self._pristine)
         for function in live_functions(self._namespace):
             key = self._key(function.__code__, now)
-            if key is None or key not in new or counts[0][key[0]] != counts[1][key[0]]:
+            if key is None or key not in new or counts[0].get(key[0]) != counts[1].get(key[0]):
                 continue
             wanted = new[key]
             if wanted == pristine.get(key):

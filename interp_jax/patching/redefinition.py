@@ -99,6 +99,7 @@ def redefine(old: ast.Module, new: ast.Module, namespace: dict[str, Any], filena
 class _Scope:
     def __init__(self, result: Redefinition, namespace: dict[str, Any], filename: str, future: list[ast.ImportFrom]):
         self._result, self._namespace, self._filename, self._future = result, namespace, filename, future
+        self._new_globals: dict[str, Any] = {}
 
     def compare(self, old: Sequence[ast.stmt], new: Sequence[ast.stmt], classes: list[type]) -> None:
         left = [_skeleton(statement) for statement in old]
@@ -163,12 +164,17 @@ class _Scope:
         module = ast.Module([*self._future, *body], [])
         code = compile(ast.fix_missing_locations(module), self._filename, "exec", dont_inherit=True)
         self._result.codes.append(code)
-        names: dict[str, Any] = dict(makers)
+        # A statement sees what those above it bound anew.
+        names: dict[str, Any] = {**makers, **self._new_globals}
         exec(code, self._namespace, names)
         if classes:
             return results
         future = {alias.asname or alias.name for node in self._future for alias in node.names}
-        return {name: value for name, value in names.items() if name not in makers and name not in future}
+        own = {name: value for name, value in names.items() if name not in future}
+        own = {name: value for name, value in own.items() if self._new_globals.get(name, _MISSING) is not value}
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef) or statement.decorator_list:
+            self._new_globals.update(own)
+        return own
 
 
 def _maker(real: type, results: dict[str, Any]) -> Any:

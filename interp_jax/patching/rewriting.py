@@ -86,7 +86,7 @@ def _bound_span(source: SourceText, bound: Any) -> tuple[int, int] | None:
     if isinstance(bound, ast.arguments):
         return _parameters_span(source, bound)
     if isinstance(bound, list) and bound:
-        return source.span(bound[0])[0], source.span(bound[-1])[1]
+        return source.balanced(source.span(bound[0])[0], source.span(bound[-1])[1])
     return source.span(bound) if isinstance(bound, ast.AST) else None
 
 
@@ -112,6 +112,7 @@ class TextRewriter:
         self.source = source
         self._edits = sorted(edits, key=lambda edit: (edit.start, -edit.end))
         self._parents = {child: parent for parent in ast.walk(source.tree) for child in ast.iter_child_nodes(parent)}
+        self._removed = {node for edit in edits if not edit.after.body for node in edit.match.nodes}
         self._under_way: list[Edit] = []
 
     def render(self, start: int, end: int) -> list[Piece]:
@@ -151,7 +152,10 @@ class TextRewriter:
         if isinstance(expression, (*_ATOMS, ast.Constant)) and not isinstance(expression, ast.GeneratorExp):
             is_number = isinstance(expression, ast.Constant) and not isinstance(expression.value, str)
             return is_number and isinstance(self._parents.get(node), ast.Attribute)
-        return not isinstance(expression, ast.GeneratorExp)
+        if isinstance(expression, ast.GeneratorExp):
+            return False
+        parent = self._parents.get(node)
+        return "\n" in edit.after.text or expression is None or not _stands_alone(expression, node, parent)
 
     def _statements(self, edit: Edit) -> list[Piece]:
         source = self.source
@@ -159,6 +163,8 @@ class TextRewriter:
         alone = source.is_first_on_line(edit.start) and not self._shares_its_end(edit)
         indent = source.text[line_start : edit.start] if source.is_first_on_line(edit.start) else None
         if not edit.after.body:
+            if source.text.startswith("elif", edit.start):
+                return [Piece("else: pass", None, edit.after.origin)]
             if not alone or self._empties_block(edit):
                 return [Piece("pass", None, edit.after.origin)]
             return []
@@ -174,6 +180,9 @@ class TextRewriter:
             pieces = self._template(edit, indent="")
             return [Piece("; ", None, None) if piece.text == "\n" else piece for piece in pieces]
         assert indent is not None
+        if source.text.startswith("elif", edit.start):
+            deeper = indent + "    "
+            return [Piece("else:\n" + deeper, None, edit.after.origin), *self._template(edit, indent=deeper)]
         return self._template(edit, indent=indent)
 
     def _shares_its_end(self, edit: Edit) -> bool:
@@ -182,8 +191,10 @@ class TextRewriter:
 
     def _empties_block(self, edit: Edit) -> bool:
         parent = self._parents.get(edit.match.nodes[0])
-        blocks = [value for _, value in ast.iter_fields(parent) if isinstance(value, list)] if parent else []
-        return any(len(block) == len(edit.match.nodes) and block[0] is edit.match.nodes[0] for block in blocks)
+        for _, block in ast.iter_fields(parent) if parent else []:
+            if isinstance(block, list) and block and block[0] is edit.match.nodes[0]:
+                return all(statement in self._removed for statement in block)
+        return False
 
     def _template(self, edit: Edit, indent: str | None) -> list[Piece]:
         """The replacement's text with what was bound put in; `indent` goes before every line but the first."""
@@ -210,11 +221,15 @@ class TextRewriter:
             bound = edit.match.bindings[name]
             line_start = after.python.rfind("\n", 0, start) + 1
             lead = after.python[line_start:start]
-            if name.startswith("...") and (not bound or isinstance(bound[0], ast.stmt)):
+            if isinstance(bound, list) and (not bound or isinstance(bound[0], ast.stmt)):
                 parent = parents[names[start]] if start in names else None
-                if isinstance(parent, ast.Expr) and not lead.strip():
-                    literal(after.python[at : line_start + len(lead)])
-                    pieces += self._block(edit, bound, (indent or "") + lead, parent, after)
+                if isinstance(parent, ast.Expr):
+                    own = lead[: len(lead) - len(lead.lstrip())]
+                    literal(after.python[at:start].rstrip(" ") if lead.strip() else after.python[at:start])
+                    if lead.strip():  # `for x in y: $...body`
+                        own += "    "
+                        pieces.append(Piece("\n" + (indent or "") + own, None, None))
+                    pieces += self._block(edit, bound, (indent or "") + own, after)
                     at = end
                     continue
             literal(after.python[at:start])
@@ -241,11 +256,13 @@ class TextRewriter:
                 whole = after.expression is not None and isinstance(after.expression, ast.Name)
                 bare = isinstance(bound, _ATOMS) or (isinstance(bound, ast.Constant) and lead[-1:] != ".")
                 number = isinstance(bound, ast.Constant) and after.python[end : end + 1] == "."
+                if start in names and "\n" not in self.source.text[slice(*self.source.span(bound))]:
+                    bare = bare or _stands_alone(bound, names[start], parents.get(names[start]))
                 pieces += rendered if whole or (bare and not number) else _parenthesised(rendered)
         literal(after.python[at:])
         return pieces
 
-    def _block(self, edit: Edit, bound: list[ast.stmt], indent: str, parent: ast.stmt, after: Pattern) -> list[Piece]:
+    def _block(self, edit: Edit, bound: list[ast.stmt], indent: str, after: Pattern) -> list[Piece]:
         """Statements that a run bound, moved to another indentation where need be."""
         if not bound:
             return [Piece("pass", None, after.origin)]
@@ -261,6 +278,8 @@ class TextRewriter:
             start = source.offset(first_line, 0)
         start += len(source.text[start:end]) - len(source.text[start:end].lstrip())
         rendered = self.render(start, end)
+        if isinstance(bound[0], ast.If) and rendered[0].source == start and rendered[0].text.startswith("elif"):
+            rendered[0] = Piece(rendered[0].text[2:], start + 2, None)
         return rendered if old == indent else self._reindented(rendered, old, indent)
 
     def _reindented(self, pieces: list[Piece], old: str, new: str) -> list[Piece]:
@@ -275,7 +294,7 @@ class TextRewriter:
                 text, source = part, None if piece.source is None else piece.source + at
                 if fresh_line and part:
                     in_string = source is not None and self.source.line_at(source) in self.source.lines_inside_strings
-                    if not in_string and part.startswith(old) and part.strip():
+                    if not in_string and part.startswith(old):
                         moved.append(Piece(new, None, None))
                         text = part[len(old) :]
                         source = None if source is None else source + len(old)
@@ -290,6 +309,14 @@ def _offset(text: str, node: ast.expr) -> int:
     lines = text.split("\n")
     column = len(lines[node.lineno - 1].encode()[: node.col_offset].decode())
     return sum(len(line) + 1 for line in lines[: node.lineno - 1]) + column
+
+
+def _stands_alone(expression: ast.expr, place: ast.AST, parent: ast.AST | None) -> bool:
+    """Whether an expression needs no parentheses in a place, whatever its operators are: between commas, after `=`."""
+    if isinstance(expression, ast.Tuple | ast.Yield | ast.YieldFrom | ast.NamedExpr | ast.Starred):
+        return False
+    alone = (ast.Return, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.keyword, ast.List, ast.Set, ast.Call)
+    return isinstance(parent, alone) and place is not getattr(parent, "func", None)
 
 
 def _parenthesised(pieces: list[Piece]) -> list[Piece]:

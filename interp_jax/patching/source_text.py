@@ -7,6 +7,8 @@ arithmetic is in this file.
 import ast
 import bisect
 import functools
+import io
+import tokenize
 from collections.abc import Iterator
 
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -48,6 +50,32 @@ class SourceText:
             first = self.offset(decorators[0].lineno, decorators[0].col_offset)
             start = self.text.rindex("@", 0, first)
         return start, self.offset(node.end_lineno, node.end_col_offset)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @functools.cached_property
+    def _parentheses(self) -> list[tuple[int, int]]:
+        """Where parentheses stand that are no part of a string, and +1 or -1."""
+        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
+        return [
+            (self._starts[token.start[0] - 1] + token.start[1], 1 if token.string == "(" else -1)
+            for token in tokens
+            if token.type == tokenize.OP and token.string in ("(", ")")
+        ]
+
+    def balanced(self, start: int, end: int) -> tuple[int, int]:
+        """A stretch of text, made longer until it holds its parentheses in pairs: a node's own span leaves them out.
+
+        `(a), (b)` as two nodes begins at `a` and ends at `b`.
+        """
+        depth = lowest = 0
+        for at, step in self._parentheses:
+            if start <= at < end:
+                depth += step
+                lowest = min(lowest, depth)
+        for _ in range(-lowest):
+            start = max(at for at, step in self._parentheses if at < start and step > 0)
+        for _ in range(depth - lowest):
+            end = min(at for at, step in self._parentheses if at >= end and step < 0) + 1
+        return start, end
 
     @functools.cached_property
     def lines_inside_strings(self) -> frozenset[int]:
