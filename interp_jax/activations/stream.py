@@ -50,6 +50,7 @@ def stream_activations(
     def passed(params: Any, tokens: Array, *, stop: bool) -> dict[str, Array]:
         for _, _, value in (running := iterate(forward, sites=(site,), layers=(layer,))(params, tokens)):
             running.save("activation", value)
+            del value  # where the site is inside a checkpoint, it must not outlive the pass
             if stop:
                 break
         return running.saved
