@@ -154,6 +154,11 @@ class Reaper(jax.core.Trace):
         self.tag = tag
         self.reaped = _Reaped()
 
+    def take(self) -> dict[Hashable, Any]:
+        """The values by name. They are let go: JAX's caches may keep a trace, and must not keep what it reaped."""
+        reaped, self.reaped = self.reaped, _Reaped()
+        return reaped.by_name()
+
     def stage_value(self, val: Any) -> Any:
         return self.parent.stage_value(val)
 
@@ -317,6 +322,6 @@ def call_and_reap(function: Callable[..., Any], *, tag: Hashable) -> Callable[..
                 result = function(*args, **kwargs)
             finally:
                 token.spoil()
-        return result, reaper.reaped.by_name()
+        return result, reaper.take()
 
     return harvested

@@ -269,7 +269,7 @@ def _body(state: _State, run: Callable[[], Any]) -> None:
             finally:
                 state.top = None
                 # Also on the way out of an error or a break: what was sown at the top level is whole.
-                state.saved = reaper.reaped.by_name()
+                state.saved = reaper.take()
         lost = [name for name in state.save_names if name not in state.saved]
         if lost:
             raise harvest.ReapError(

@@ -160,6 +160,56 @@ def test_vmap_inside_puts_the_batch_axis_of_saved_values_first():
     close(list(running.saved.values()), [out.T for out in by_hand(X)[1]])
 
 
+def with_rules(kind):
+    """A function with derivative rules of its own, which double the true derivative, so that their use shows."""
+    function = kind(jnp.sin)
+    if kind is jax.custom_jvp:
+        function.defjvp(lambda primals, tangents: (jnp.sin(primals[0]), 2 * jnp.cos(primals[0]) * tangents[0]))
+    else:
+        function.defvjp(lambda x: (jnp.sin(x), x), lambda x, gradient: (2 * jnp.cos(x) * gradient,))
+    return function
+
+
+@pytest.mark.parametrize("kind", [jax.custom_jvp, jax.custom_vjp], ids=["custom_jvp", "custom_vjp"])
+@pytest.mark.parametrize("where", ["outside", "inside"])
+@wraps
+def test_custom_derivative_rules_hold_around_and_inside_a_pass(kind, where, wrap):
+    function = with_rules(kind)
+
+    def custom_model(x):
+        return ij.site(wrap(function)(ij.site(x, "in")), "out").sum()
+
+    def run(fn, x):
+        for _, name, value in (running := ij.iterate(fn)(x)):
+            if name == "out":
+                running.save(name, value)
+            del value
+        return running.retval, running.saved
+
+    x = jnp.asarray(X)
+    if where == "outside":
+        gradient, saved = jax.grad(lambda x: run(custom_model, x), has_aux=True)(x)
+    else:
+        gradient, saved = run(jax.grad(custom_model), x)
+    close(gradient, 2 * np.cos(X))
+    close(saved["out"], np.sin(X))
+
+
+def test_sites_inside_shard_map_are_seen_and_edited_and_a_save_there_is_refused():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(
+        lambda x: ij.site(x, "inner") * 2, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
+    )
+    for _, _, value in (running := ij.iterate(sharded)(jnp.asarray(X))):
+        running.modified_value = value + 1
+        del value
+    close(running.retval, (X + 1) * 2)
+    with pytest.raises(ij.ReapError, match="save"):
+        for _, _, value in (running := ij.iterate(sharded)(jnp.asarray(X))):
+            running.save("x", value)
+            del value
+
+
 # Caches
 
 
