@@ -96,8 +96,8 @@ class ParsedPair:
             if match.nodes[0] in inside:
                 line = match.nodes[0].lineno  # pyright: ignore[reportAttributeAccessIssue]
                 raise MatchError(
-                    f"{self.before.origin}: the pattern matches inside an f-string ({source.filename}:{line}), where Python "
-                    "before 3.12 tells no positions. Match the whole f-string, or the statement around it."
+                    f"{self.before.origin}: the pattern matches inside an f-string ({source.filename}:{line}), where "
+                    "Python before 3.12 tells no positions. Match the whole f-string, or the statement around it."
                 )
 
 

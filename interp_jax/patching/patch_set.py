@@ -10,7 +10,7 @@ name = "transformers.models.llama.modeling_flax_llama"
 
 [[modules.pairs]]
 member = "FlaxLlamaModule.__call__"
-site = "embed"                              # the site that the pair makes; absent where it mends something
+sites = ["embed"]                           # the sites that the pair makes; absent where it mends something
 note = "Token embeddings."
 before = 'self.embed_tokens(input_ids.astype("i4"))'
 after = 'site(self.embed_tokens(input_ids.astype("i4")), "embed")'
@@ -43,12 +43,12 @@ _installed: dict[str, "PatchSet"] = {}
 
 @dataclasses.dataclass(frozen=True)
 class SetPair:
-    """A pair of a set, with the member it is for and the site it makes."""
+    """A pair of a set, with the member it is for and the sites it makes."""
 
     member: str
     """Dotted name in the module."""
-    site: str | None
-    """The site that the pair makes, or None where it mends something."""
+    sites: tuple[str, ...]
+    """The sites that the pair makes; none where it mends something."""
     pair: Pair
     """The replacement."""
 
@@ -164,14 +164,14 @@ def _read(path: pathlib.Path) -> PatchSet:
             where = f"pair {number + 1} ({entry.get('member', 'of no member')})"
             _check(
                 path, where, entry,
-                {"member": str, "before": str, "after": str}, {"site": str, "note": str, "count": int},
+                {"member": str, "before": str, "after": str}, {"sites": list, "note": str, "count": int},
             )  # fmt: skip
             before_at = Origin(str(path), befores[number] if number < len(befores) else 0)
             after_at = Origin(str(path), afters[number] if number < len(afters) else 0)
             pair = Pair(
                 entry["before"], entry["after"], entry.get("count", 1), entry.get("note", ""), before_at, after_at
             )
-            pairs.append(SetPair(entry["member"], entry.get("site"), pair))
+            pairs.append(SetPair(entry["member"], tuple(entry.get("sites", ())), pair))
             number += 1
         modules[module["name"]] = tuple(pairs)
     return PatchSet(path.stem, path, data["distribution"], data["versions"], tuple(data.get("imports", ())), modules)

@@ -137,7 +137,7 @@ class TextRewriter:
         if edit.is_expression:
             line = self.source.lines[self.source.line_at(edit.start) - 1]
             pieces = self._template(edit, indent=line[: len(line) - len(line.lstrip())])
-            return _parenthesised(pieces) if self._needs_parentheses(edit) else pieces
+            return _parenthesised(pieces) if self._needs_parentheses(edit) or not _is_closed(pieces) else pieces
         return self._statements(edit)
 
     def _needs_parentheses(self, edit: Edit) -> bool:
@@ -258,7 +258,8 @@ class TextRewriter:
                 number = isinstance(bound, ast.Constant) and after.python[end : end + 1] == "."
                 if start in names and "\n" not in self.source.text[slice(*self.source.span(bound))]:
                     bare = bare or _stands_alone(bound, names[start], parents.get(names[start]))
-                pieces += rendered if whole or (bare and not number) else _parenthesised(rendered)
+                fits = whole or (bare and not number and _is_closed(rendered))
+                pieces += rendered if fits else _parenthesised(rendered)
         literal(after.python[at:])
         return pieces
 
@@ -317,6 +318,18 @@ def _stands_alone(expression: ast.expr, place: ast.AST, parent: ast.AST | None) 
         return False
     alone = (ast.Return, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.keyword, ast.List, ast.Set, ast.Call)
     return isinstance(parent, alone) and place is not getattr(parent, "func", None)
+
+
+def _is_closed(pieces: list[Piece]) -> bool:
+    """Whether all line ends of an expression are inside brackets or strings of its own."""
+    text = "".join(piece.text for piece in pieces)
+    if "\n" not in text:
+        return True
+    try:
+        ast.parse(text.strip(), mode="eval")
+    except SyntaxError:
+        return False
+    return True
 
 
 def _parenthesised(pieces: list[Piece]) -> list[Piece]:

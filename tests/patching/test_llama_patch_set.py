@@ -14,8 +14,12 @@ import interp_jax as ij
 import interp_jax.patching as patching
 
 pytest.importorskip("transformers")
-# Both import once a process and warn about their own future.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    # The library warns about its own future.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    # The leak checker would trace every small operation of every call anew, and what JAX keeps is part of what is tested.
+    pytest.mark.caches,
+]
 
 BATCH, SEQ, D_MODEL, D_MLP, HEADS, KV_HEADS, LAYERS, VOCAB = 2, 10, 32, 48, 4, 2, 2, 64
 D_HEAD = D_MODEL // HEADS
@@ -108,6 +112,24 @@ def test_outputs_are_bit_identical_to_the_library_s(library, pristine, model, to
     np.testing.assert_array_equal(compiled, compiled_own)
 
 
+def test_in_place_on_classes_and_functions_that_have_run_and_were_traced(pristine, model, tokens):
+    (patch_set,) = patching.load("transformers").modules.values()
+    members = {}
+    for each in patch_set:
+        members.setdefault(each.member, []).append(each.pair)
+    patcher = patching.Patcher(pristine, members, imports=["from interp_jax.instrument import site"])
+    own = pristine.FlaxLlamaForCausalLM(_config(), _do_init=False)
+    compiled = jax.jit(lambda p, t: own(t, params=p).logits)
+    clean = compiled(model.params, tokens)
+    with patcher:
+        logits, values = ij.fetch(compiled)(model.params, tokens)
+        assert list(values) == EVERY_SITE
+        np.testing.assert_allclose(logits, clean, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ij.SiteError):
+        ij.fetch(compiled, ("mlp_out",))(model.params, tokens)
+    np.testing.assert_array_equal(compiled(model.params, tokens), clean)
+
+
 @pytest.mark.slow
 def test_cached_generation_is_bit_identical_to_the_library_s(pristine, model, tokens):
     own = pristine.FlaxLlamaForCausalLM(_config(), _do_init=False)
@@ -124,8 +146,10 @@ def test_every_site_is_there_with_the_right_shape(forward, model, tokens):
 
 
 def test_the_file_declares_the_sites_that_it_makes():
-    declared = {pair.site for pairs in patching.load("transformers").modules.values() for pair in pairs}
-    assert declared - {None} <= LAYER_SITES.keys() | MODEL_SITES.keys()
+    declared = {
+        site for pairs in patching.load("transformers").modules.values() for pair in pairs for site in pair.sites
+    }
+    assert declared == LAYER_SITES.keys() | MODEL_SITES.keys()
 
 
 def test_values_are_what_their_names_say(forward, model, tokens):
@@ -169,7 +193,6 @@ def test_values_are_what_their_names_say(forward, model, tokens):
         np.testing.assert_allclose(at["mlp_out"], at["mlp_act"] @ down, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.caches  # What JAX keeps from the clean call is the point; the leak checker would keep nothing.
 def test_an_edit_at_each_site_changes_the_logits_under_jit_and_after_a_clean_call(forward, model, tokens):
     compiled = jax.jit(forward)
     clean = compiled(model.params, tokens)
@@ -177,14 +200,15 @@ def test_an_edit_at_each_site_changes_the_logits_under_jit_and_after_a_clean_cal
     @jax.jit
     def edited(params, tokens, factors):
         for i, (_, _, value) in enumerate(running := ij.iterate(compiled)(params, tokens)):
-            running.modified_value = value * factors[i]
+            # Elementwise: a norm takes back what only scales.
+            running.modified_value = value.at[..., 0].multiply(factors[i])
         return running.retval
 
     ones = np.ones(len(EVERY_SITE), np.float32)
     np.testing.assert_allclose(edited(model.params, tokens, ones), clean, rtol=1e-4, atol=1e-5)
     for i, site in enumerate(EVERY_SITE):
         factors = ones.copy()
-        factors[i] = 0.5
+        factors[i] = 3
         assert np.abs(edited(model.params, tokens, factors) - clean).max() > 1e-3, site
     np.testing.assert_array_equal(compiled(model.params, tokens), clean)
 
@@ -197,7 +221,7 @@ def _rotated(x, base):
     return np.concatenate([turned.real, turned.imag], -1)
 
 
-@pytest.mark.parametrize("base", [10000.0, 100000.0, 500.0])
+@pytest.mark.parametrize("base", [100000.0, 500.0])
 def test_the_rotary_base_is_the_configured_one(library, model, tokens, base):
     mended = library.FlaxLlamaForCausalLM(_config(base), _do_init=False)
     _, values = ij.fetch(lambda p, t: mended(t, params=p).logits)(model.params, tokens)
