@@ -302,8 +302,8 @@ class PatchedModule:
             found = vars(found).get(name) if isinstance(found, type) else None
         if not isinstance(found, type):
             raise DefinitionError(
-                f"{self.source.filename}:{method.co_firstlineno}: the patched {method.co_qualname} calls super(), which "
-                "it did not before, and its class cannot be found by name. Patch it with install_on_import()."
+                f"{self.source.filename}:{method.co_firstlineno}: the patched {method.co_qualname} calls super(), "
+                "which it did not before, and its class cannot be found by name. Patch it with install_on_import()."
             )
         return "_interp_jax_class_" + "_".join(path), found
 

@@ -252,12 +252,13 @@ class TextRewriter:
                 if span is not None:
                     pieces += self.render(*span)
             else:
-                rendered = self.render(*self.source.span(bound))
+                expression: ast.expr = bound  # pyright: ignore[reportAssignmentType]
+                rendered = self.render(*self.source.span(expression))
                 whole = after.expression is not None and isinstance(after.expression, ast.Name)
-                bare = isinstance(bound, _ATOMS) or (isinstance(bound, ast.Constant) and lead[-1:] != ".")
-                number = isinstance(bound, ast.Constant) and after.python[end : end + 1] == "."
-                if start in names and "\n" not in self.source.text[slice(*self.source.span(bound))]:
-                    bare = bare or _stands_alone(bound, names[start], parents.get(names[start]))
+                bare = isinstance(expression, _ATOMS) or (isinstance(expression, ast.Constant) and lead[-1:] != ".")
+                number = isinstance(expression, ast.Constant) and after.python[end : end + 1] == "."
+                if start in names and "\n" not in self.source.text[slice(*self.source.span(expression))]:
+                    bare = bare or _stands_alone(expression, names[start], parents.get(names[start]))
                 fits = whole or (bare and not number and _is_closed(rendered))
                 pieces += rendered if fits else _parenthesised(rendered)
         literal(after.python[at:])
