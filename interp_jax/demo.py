@@ -91,7 +91,7 @@ FULL = Settings(
     name="full",
     n_rows=1600,
     d_sae=4608,
-    n_steps=1000,
+    n_steps=600,
     batch_size=4096,
     dead_after=100_000,
     rows_judged=64,
@@ -119,7 +119,7 @@ REFERENCE_LOSS = 3.11
 """Nats a token that SmolLM2-135M-Instruct loses on this text."""
 TOLERANCE = 0.05
 LATENTS_SHOWN = 20
-STEERING_SHARES = (0.4, 0.8)
+STEERING_SHARES = (0.4, 0.6)
 PROMPT = "The most important thing to know about this is"
 
 
@@ -234,7 +234,10 @@ def _experiment(settings: Settings, work: pathlib.Path, started: float) -> DemoR
         sites=tuple(SiteRow(row.layer, row.name, tuple(row.shape), str(row.dtype)) for row in sites),
         steering=steering,
         latents=dashboards,
-        latents_chosen="drawn at random from those active on between 0.05 % and 10 % of held-out tokens",
+        latents_chosen=(
+            "drawn at random from those active on between 0.05 % and 10 % of held-out tokens; the tokens that they promote "
+            "are named among those that occur in the text"
+        ),
     )
 
 
@@ -424,8 +427,8 @@ def _steered(
     dashboards: tuple[LatentDashboard, ...],
     layer: int,
 ) -> tuple[SteeringSample, ...]:
-    """One latent's direction added while the model writes: of those shown, the one that promotes a token most."""
-    chosen = max(dashboards, key=lambda dashboard: dashboard.promoted[0].logit * (dashboard.max_activation > 0))
+    """One latent's direction added while the model writes: of those shown, the one that is surest what it is about."""
+    chosen = max(dashboards, key=_agreement)
     norm = float(np.linalg.norm(store.rows(np.arange(0, store.n_rows, 64)), axis=1).mean())
     coefficients = [0.0, *(share * norm for share in STEERING_SHARES)]
     continuations = steer(
@@ -437,8 +440,8 @@ def _steered(
         coefficients=coefficients,
         max_new_tokens=settings.new_tokens,
     )
-    promoted = ", ".join(repr(token.token) for token in chosen.promoted[:5])
-    _say(f"Steering with latent {chosen.latent}, which promotes {promoted}:")
+    peaks = ", ".join(repr(snippet.tokens[snippet.peak]) for snippet in chosen.snippets)
+    _say(f"Steering with latent {chosen.latent}, most active on {peaks}:")
     for continuation in continuations:
         print(f"  {continuation.coefficient:8.1f}: {PROMPT}{continuation.text!r}")
     return (
@@ -453,6 +456,13 @@ def _steered(
             steered=tuple(SteeredText(one.coefficient, one.text) for one in continuations[1:]),
         ),
     )
+
+
+def _agreement(dashboard: LatentDashboard) -> tuple[int, float]:
+    """How many of a latent's strongest texts peak on the same word, and then how strongly it is active."""
+    peaks = [snippet.tokens[snippet.peak].strip().casefold() for snippet in dashboard.snippets]
+    words = [word for word in peaks if len(word) > 3 and word.isalpha()]
+    return max(map(words.count, words), default=0), dashboard.max_activation
 
 
 def _say(text: str) -> None:

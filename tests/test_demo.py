@@ -43,7 +43,7 @@ def test_quick_demo_is_killed_and_resumed_and_its_page_holds_what_it_must(tmp_pa
     with subprocess.Popen([*COMMAND, "--out", out], stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 600
         # A checkpoint in the midst of training is there: now it is killed, with no chance to clean up.
-        while not any(path.name.isdigit() for path in training.glob("*")):
+        while not list(training.glob("step_????????")):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)

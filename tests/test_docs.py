@@ -8,14 +8,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NEEDS_WEIGHTS = "<!-- needs: make demo -->"
+# A page says in a comment what its examples need beyond the package.
+NEEDS = {
+    "<!-- needs: make demo -->": [pytest.mark.slow, pytest.mark.demo],
+    "<!-- needs: transformers -->": [pytest.mark.demo],
+}
 
 
 def cases():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if BLOCK.search(text):
-            marks = [pytest.mark.slow, pytest.mark.demo] if NEEDS_WEIGHTS in text else []
+            marks = [mark for needs, marks in NEEDS.items() if needs in text for mark in marks]
             yield pytest.param(page, id=str(page.relative_to(ROOT)), marks=marks)
 
 

@@ -78,6 +78,7 @@ def promoted_tokens(
     directions: Float[Array, "n d_model"] | Float[np.ndarray, "n d_model"],
     *,
     count: int = 10,
+    among: Int[np.ndarray, "ids"] | None = None,
 ) -> list[tuple[tuple[TokenLogit, ...], tuple[TokenLogit, ...]]]:
     """The tokens whose logits directions in the residual stream raise and lower most, straight through the unembedding.
 
@@ -85,6 +86,8 @@ def promoted_tokens(
         language_model: the model whose unembedding is used.
         directions: one row a direction.
         count: how many tokens each way.
+        among: the ids that may be named; all when None. A large vocabulary has tokens that training hardly ever saw,
+            and they crowd every list: pass those that occur in a text.
 
     Returns:
         For each direction (promoted, suppressed), the strongest first. Ids that the model's padded vocabulary has and
@@ -92,7 +95,8 @@ def promoted_tokens(
     """
     tokenizer = language_model.tokenizer
     logits = np.asarray(language_model.unembed(language_model.params, jnp.asarray(directions)), np.float32)
-    logits = logits[:, : tokenizer.vocab_size]
+    named = np.arange(tokenizer.vocab_size) if among is None else np.asarray(among)
+    logits = logits[:, named]
     count = min(count, logits.shape[1])
     found = []
     for row in logits:
@@ -102,7 +106,7 @@ def promoted_tokens(
             tuple(
                 tuple(
                     TokenLogit(token, float(row[i]))
-                    for token, i in zip(tokenizer.readable(ids.tolist()), ids, strict=True)
+                    for token, i in zip(tokenizer.readable(named[ids].tolist()), ids, strict=True)
                 )
                 for ids in ends
             )
@@ -122,7 +126,7 @@ def latent_dashboards(
     after: int = 8,
     promoted: int = 10,
 ) -> tuple[LatentDashboard, ...]:
-    """The dashboards of a few latents.
+    """The dashboards of a few latents. Promoted and suppressed tokens are named among those that occur in the text.
 
     Args:
         language_model: the model, for its tokenizer and unembedding.
@@ -151,7 +155,7 @@ def latent_dashboards(
         )
     dashboards = []
     for i, (latent, (up, down)) in enumerate(
-        zip(latents, promoted_tokens(language_model, directions, count=promoted), strict=True)
+        zip(latents, promoted_tokens(language_model, directions, count=promoted, among=np.unique(tokens)), strict=True)
     ):
         codes = activations[..., i]
         shown = tuple(

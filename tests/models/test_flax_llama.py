@@ -14,7 +14,7 @@ from interp_jax.activations.wikipedia import reference_rows
 from interp_jax.models.flax_llama import load_llama_gguf, load_smollm2
 from interp_jax.models.loss import next_token_loss
 
-pytest.importorskip("transformers")
+pytestmark = pytest.mark.demo
 
 VOCAB, D_MODEL, D_MLP, N_LAYERS, N_HEADS, N_KV_HEADS, THETA, EPSILON = 96, 32, 64, 2, 4, 2, 100_000.0, 1e-5
 D_HEAD = D_MODEL // N_HEADS

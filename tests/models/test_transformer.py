@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import interp_jax.instrument as instrument
+from interp_jax import whole_file
 from interp_jax.models import transformer
 from interp_jax.models.transformer import Transformer, TransformerConfig, apply, load, named_parameters, save
 
@@ -477,7 +478,7 @@ def test_an_interrupted_write_leaves_the_old_file(saved, monkeypatch):
     def interrupted(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transformer.os, "replace", interrupted)
+    monkeypatch.setattr(whole_file.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(random_model(LLAMA, seed=3), saved)
     assert (saved / "model.safetensors").read_bytes() == before

@@ -13,8 +13,8 @@ import pytest
 import interp_jax as ij
 import interp_jax.patching as patching
 
-pytest.importorskip("transformers")
 pytestmark = [
+    pytest.mark.demo,
     # The library warns about its own future.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     # What JAX keeps is part of what is tested; and the leak checker would trace every small operation anew.
