@@ -1,11 +1,12 @@
 """Splicing: put something else in the place of an activation, and see what the model loses by it.
 
-This is how a dictionary is judged: the loss with the activation replaced by its reconstruction, beside the loss of the clean
-model and of a model whose activation is ablated.
+This is how a dictionary is judged: the loss with the activation replaced by its reconstruction, beside the loss of the
+clean model and of a model whose activation is ablated.
 
-**The first position is left alone.** Language models keep a huge, nearly constant activation at the first token of a row, which attention uses
-as a rest position. It says nothing about the text, dictionaries are not trained on it, and replacing it breaks the
-model out of all proportion. Training (`stream_activations` with `skip_first`) and measuring keep the same rule.
+**The first position is left alone.** Language models keep a huge, nearly constant activation at the first token of a
+row, which attention uses as a rest position. It says nothing about the text, dictionaries are not trained on it, and
+replacing it breaks the model out of all proportion. Training (`stream_activations` with `skip_first`) and measuring
+keep the same rule.
 """
 
 from collections.abc import Callable
@@ -82,7 +83,9 @@ def mean_loss(
         ValueError: if there are fewer rows than `batch_size`.
     """
     if len(tokens) < batch_size:
-        raise ValueError(f"{len(tokens)} rows do not fill a batch of {batch_size}: pass more text or a smaller batch_size")
+        raise ValueError(
+            f"{len(tokens)} rows do not fill a batch of {batch_size}: pass more text or a smaller batch_size"
+        )
     forward = language_model.forward
     run = _losses(forward if replace is None else splice(forward, replace, site=site, layer=layer))
     sums = []
