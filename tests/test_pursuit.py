@@ -1,4 +1,6 @@
-"""Gradient pursuit against a dense NumPy version of the post's pseudocode, scikit-learn, SciPy and finite differences."""
+"""Gradient pursuit against the post's pseudocode in NumPy, scikit-learn, SciPy and finite differences."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,9 @@ def test_finds_the_atoms_and_nearly_the_error_of_orthogonal_matching_pursuit():
     signals, dictionary = problem(1, batch=24, d_in=64, d_sae=128, noise=0.01)
     code = gradient_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), 4)
     expected = orthogonal_mp(dictionary.T.astype(np.float64), signals.T.astype(np.float64), n_nonzero_coefs=4).T
-    same = [set(found) == set(np.flatnonzero(row)) for found, row in zip(np.asarray(code.indices), expected, strict=True)]
+    same = [
+        set(found) == set(np.flatnonzero(row)) for found, row in zip(np.asarray(code.indices), expected, strict=True)
+    ]
     assert np.mean(same) > 0.8
     ours = np.sum(np.square(code.residual_norm)[same])
     theirs = np.sum(np.square(signals - expected @ dictionary)[same])
@@ -71,7 +75,9 @@ def test_more_steps_than_atoms_come_to_nonnegative_least_squares_on_the_support(
     """With more steps allowed than atoms exist in the signal, refinement goes on to the optimum of the chosen atoms."""
     signals, dictionary = problem(2, batch=8, d_in=40, d_sae=12, active=3, noise=0.1)
     code = gradient_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), 12)
-    for signal, indices, weights, residual in zip(signals, *map(np.asarray, (code.indices, code.weights, code.residual_norm)), strict=True):
+    for signal, indices, weights, residual in zip(
+        signals, *map(np.asarray, (code.indices, code.weights, code.residual_norm)), strict=True
+    ):
         support = indices[weights > 0]
         _, best = scipy.optimize.nnls(dictionary[support].T.astype(np.float64), signal.astype(np.float64))
         assert best - 1e-5 <= residual <= best * 1.05 + 1e-5
@@ -107,8 +113,13 @@ def test_what_holds_on_every_problem(seed, kind, nonnegative):
     assert (code.residual_norm <= norms * (1 + 1e-5)).all()
     if kind == "random" and not nonnegative:
         # Nothing is clipped, and a step is an exact line search: the residual never grows.
-        by_steps = [np.asarray(gradient_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), n, nonnegative=False).residual_norm) for n in (1, 2, 3, 7)]
-        assert all((after <= before + 1e-6).all() for before, after in zip(by_steps, by_steps[1:], strict=False))
+        by_steps = [
+            np.asarray(
+                gradient_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), n, nonnegative=False).residual_norm
+            )
+            for n in (1, 2, 3, 7)
+        ]
+        assert all((after <= before + 1e-6).all() for before, after in itertools.pairwise(by_steps))
 
 
 def test_rescaling_atoms_rescales_weights_and_nothing_else():
@@ -155,7 +166,9 @@ def test_batch_shape_and_chunks_do_not_matter(monkeypatch):
     np.testing.assert_allclose(whole.weights[0], single.weights, atol=1e-6)
     assert single.indices.shape == (5,)
     assert single.l0_reached.shape == ()
-    mapped = jax.vmap(lambda signal: gradient_pursuit(signal, jnp.asarray(dictionary), 5).dense(60))(jnp.asarray(signals))
+    mapped = jax.vmap(lambda signal: gradient_pursuit(signal, jnp.asarray(dictionary), 5).dense(60))(
+        jnp.asarray(signals)
+    )
     np.testing.assert_allclose(mapped, whole.dense(60), atol=1e-6)
 
 

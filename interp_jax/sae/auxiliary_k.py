@@ -26,6 +26,7 @@ def add_auxiliary_gradient(
     sae: TopKSAE,
     x: Float[Array, "batch d_in"],
     error: Float[Array, "batch d_in"],
+    row_weights: Float[Array, "batch"],
     idle: Int[Array, "d_sae"],
     *,
     dead_after: int,
@@ -35,10 +36,11 @@ def add_auxiliary_gradient(
     """Adds the gradient of the auxiliary loss to that of the main one.
 
     Args:
-        gradient: gradient of the main loss, the mean over rows of the squared error's sum.
+        gradient: gradient of the main loss, the weighted mean over rows of the squared error's sum.
         sae: the autoencoder.
         x: activations.
         error: x less its reconstruction.
+        row_weights: weight of each row in the loss.
         idle: rows since each latent was last active.
         dead_after: a latent idle for more rows than this is dead.
         k_aux: dead latents that may be used a row.
@@ -57,7 +59,7 @@ def add_auxiliary_gradient(
         pre = jnp.where(is_dead, (x - b_dec) @ W_enc + b_enc, -jnp.inf)
         threshold = jax.lax.top_k(jax.lax.stop_gradient(pre), min(k_aux, n_revived))[0][:, -1:]
         codes = jnp.where((pre >= threshold) & (pre > 0), pre, 0)
-        return coefficient * jnp.mean(jnp.sum(jnp.square(error - codes @ W_dec), axis=1))
+        return coefficient * jnp.mean(row_weights * jnp.sum(jnp.square(error - codes @ W_dec), axis=1))
 
     def added(arrays: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         W_enc, b_enc, W_dec = arrays

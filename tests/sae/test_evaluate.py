@@ -31,6 +31,17 @@ def test_constant_and_zero_activations_have_no_nan_but_where_it_is_meant():
     assert found.dead_share == 1
 
 
+def test_outliers_are_told_apart():
+    sae = TopKSAE.random(6, 20, 3, key=jax.random.key(0))
+    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    x[4] *= 1000
+    found = evaluate(sae, [x])
+    typical = evaluate(sae, [np.delete(x, 4, axis=0)])
+    assert found.outlier_share == pytest.approx(0.02)
+    assert found.fvu_typical == pytest.approx(typical.fvu, rel=1e-4)
+    assert abs(found.fvu - typical.fvu) > 0.01
+
+
 def test_loss_recovered():
     assert loss_recovered(3.0, 3.0, 8.0) == 1
     assert loss_recovered(3.0, 8.0, 8.0) == 0

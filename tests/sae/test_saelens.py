@@ -28,7 +28,14 @@ def test_read_back_it_is_the_same(written):
 def test_the_layout_is_saelens(written):
     sae, directory = written
     config = json.loads((directory / "cfg.json").read_text())
-    wanted = {"d_in": 6, "d_sae": 20, "k": 3, "dtype": "float32", "architecture": "topk", "normalize_activations": "none"}
+    wanted = {
+        "d_in": 6,
+        "d_sae": 20,
+        "k": 3,
+        "dtype": "float32",
+        "architecture": "topk",
+        "normalize_activations": "none",
+    }
     assert wanted.items() <= config.items()
     assert {"sae_lens_version", "model_name", "hook_name", "layer"} <= config["metadata"].keys()
     weights = safetensors.numpy.load_file(directory / "sae_weights.safetensors")

@@ -77,7 +77,9 @@ def test_sums_by_latent_equal_numpy(skew, d_sae):
     np.add.at(expected, indices[is_active], factors[is_active][:, None] * np.repeat(rows[:, None], 4, 1)[is_active])
     groups = jax.jit(group_by_latent, static_argnums=2)(jnp.asarray(indices), jnp.asarray(is_active), d_sae)
     np.testing.assert_array_equal(groups.counts, np.bincount(indices[is_active], minlength=d_sae))
-    np.testing.assert_allclose(jax.jit(sum_by_latent)(jnp.asarray(factors), jnp.asarray(rows), groups), expected, atol=2e-4)
+    np.testing.assert_allclose(
+        jax.jit(sum_by_latent)(jnp.asarray(factors), jnp.asarray(rows), groups), expected, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize(("n", "k"), [(512, 8), (512, 3), (500, 3), (40, 40)])
