@@ -61,8 +61,8 @@ def main() -> None:
     mine = float(np.median(ours)) / sizes.batch
     error = np.linalg.norm(few - codes @ atoms, axis=1).mean()
     print(f"a signal: {1e3 * mine:.2f} ms; scikit-learn's OMP {1e3 * theirs:.2f} ms, {theirs / mine:.1f} times as long")
-    print(f"mean residual norm: {float(pursue().residual_norm[:16].mean()):.4f}; scikit-learn's OMP (signed)
-    {error:.4f}")
+    found = float(pursue().residual_norm[:16].mean())
+    print(f"mean residual norm: {found:.4f}; scikit-learn's OMP, signed, {error:.4f}")
 
 
 def _seconds(run: Callable[[], Any]) -> float:

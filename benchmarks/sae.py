@@ -41,7 +41,7 @@ def main() -> None:
         "step": _stepper(sizes, batch, dead_after=2**29),
         "step, reviving": _stepper(sizes, batch, dead_after=1),
     }
-    flop = dict.fromkeys(contenders, 10 * sizes.batch * sizes.d_in * sizes.d_sae)
+    flop: dict[str, int] = dict.fromkeys(contenders, 10 * sizes.batch * sizes.d_in * sizes.d_sae)
     flop |= {"matmul 4096^3": 2 * 4096**3, "encoder matmul": 2 * sizes.batch * sizes.d_in * sizes.d_sae}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(sizes.rounds + 1):
