@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from interp_jax.pursuit import gradient_pursuit
@@ -56,7 +55,7 @@ def main() -> None:
     few = np.asarray(signals[:16], np.float64)
     atoms = np.asarray(dictionary, np.float64)
     start = time.perf_counter()
-    codes = orthogonal_mp(atoms.T, few.T, n_nonzero_coefs=sizes.l0).T
+    codes = np.asarray(orthogonal_mp(atoms.T, few.T, n_nonzero_coefs=sizes.l0)).T
     theirs = (time.perf_counter() - start) / len(few)
     mine = float(np.median(ours)) / sizes.batch
     error = np.linalg.norm(few - codes @ atoms, axis=1).mean()

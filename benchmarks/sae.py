@@ -41,8 +41,13 @@ def main() -> None:
         "step": _stepper(sizes, batch, dead_after=2**29),
         "step, reviving": _stepper(sizes, batch, dead_after=1),
     }
-    flop: dict[str, int] = dict.fromkeys(contenders, 10 * sizes.batch * sizes.d_in * sizes.d_sae)
-    flop |= {"matmul 4096^3": 2 * 4096**3, "encoder matmul": 2 * sizes.batch * sizes.d_in * sizes.d_sae}
+    product_flop = 2 * sizes.batch * sizes.d_in * sizes.d_sae
+    flop = {
+        "matmul 4096^3": 2 * 4096**3,
+        "encoder matmul": product_flop,
+        "step": 5 * product_flop,
+        "step, reviving": 5 * product_flop,
+    }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(sizes.rounds + 1):
         for name, run in contenders.items():
