@@ -119,6 +119,8 @@ REFERENCE_LOSS = 3.11
 """Nats a token that SmolLM2-135M-Instruct loses on this text."""
 TOLERANCE = 0.05
 LATENTS_SHOWN = 20
+SINK = 10
+"""An activation of more than so many times the median norm is an attention sink."""
 STEERING_SHARES = (0.4, 0.6)
 PROMPT = "The most important thing to know about this is"
 
@@ -192,12 +194,21 @@ def _experiment(settings: Settings, work: pathlib.Path, started: float) -> DemoR
     held_out_rows = _some_rows(held_out_documents, model, settings.rows_judged)
 
     store = _streamed(model, train_rows, layer, work / "activations")
-    sae, curve = _trained(settings, store, work / "training")
+    norms = np.concatenate([np.linalg.norm(store.rows(rows), axis=1) for rows in _in_chunks(store.n_rows)])
+    usual_norm = float(np.median(norms))
+    sink_norm = SINK * usual_norm
+    ordinary = np.flatnonzero(norms <= sink_norm)
+    _say(
+        f"{store.n_rows - len(ordinary)} of {store.n_rows:,} activations are attention sinks, of a norm above {SINK} "
+        f"times the median {usual_norm:.0f}: they are left out of training and left alone in splices."
+    )
+    sae, curve = _trained(settings, store, ordinary, work / "training")
     save_saelens(sae, work / "sae", model_name=model.name, hook_name=f"{SITE}.{layer}")
 
-    scores, densities = _judged(model, sae, store, held_out_rows, layer)
-    dashboards = _dashboards(settings, model, sae, store, train_rows, densities)
-    steering = _steered(settings, model, sae, store, dashboards, layer)
+    mean = np.mean(store.rows(ordinary[::16]), axis=0)
+    scores, densities = _judged(model, sae, mean, held_out_rows, layer, sink_norm)
+    dashboards = _dashboards(settings, model, sae, store, train_rows, densities, sink_norm)
+    steering = _steered(settings, model, sae, dashboards, layer, usual_norm)
     return DemoReport(
         title="interp_jax on SmolLM2-135M",
         summary=(
@@ -235,8 +246,8 @@ def _experiment(settings: Settings, work: pathlib.Path, started: float) -> DemoR
         steering=steering,
         latents=dashboards,
         latents_chosen=(
-            "drawn at random from those active on between 0.05 % and 10 % of held-out tokens; the tokens that they promote "
-            "are named among those that occur in the text"
+            "Drawn at random from those active on between 0.05 % and 10 % of held-out tokens. The tokens that they "
+            "promote are named among those that occur in the text."
         ),
     )
 
@@ -298,7 +309,13 @@ def _streamed(
     return store
 
 
-def _trained(settings: Settings, store: ActivationStore, directory: pathlib.Path) -> tuple[TopKSAE, TrainingCurve]:
+def _in_chunks(n_rows: int, size: int = 16_384) -> list[Int[np.ndarray, "n"]]:
+    return np.split(np.arange(n_rows), range(size, n_rows, size))
+
+
+def _trained(
+    settings: Settings, store: ActivationStore, ordinary: Int[np.ndarray, "n"], directory: pathlib.Path
+) -> tuple[TopKSAE, TrainingCurve]:
     config = TrainConfig(
         d_in=store.d_in,
         d_sae=settings.d_sae,
@@ -311,7 +328,7 @@ def _trained(settings: Settings, store: ActivationStore, directory: pathlib.Path
     with advancing("Training the dictionary", settings.n_steps * settings.batch_size, unit="activations") as advance:
         sae, history = train(
             config,
-            store.shuffled(settings.batch_size),
+            store.shuffled(settings.batch_size, among=ordinary),
             on_step=lambda step, metrics: advance(settings.batch_size),
             checkpoint_dir=directory,
             resume=True,
@@ -330,17 +347,19 @@ def _decoded_pursuit(value: Array, sae: TopKSAE) -> Array:
 def _judged(
     model: LanguageModel,
     sae: TopKSAE,
-    store: ActivationStore,
+    mean: Float[np.ndarray, "d_in"],
     rows: Int[np.ndarray, "rows context"],
     layer: int,
+    sink_norm: float,
 ) -> tuple[tuple[DictionaryScore, ...], Float[np.ndarray, "d_sae"]]:
-    """The dictionary on held-out text, by its encoder and by pursuit; and how often each latent is active there."""
-    # The mean of what it was trained on: held-out text must not help.
-    mean = jnp.asarray(store.rows(np.arange(0, store.n_rows, 16)).mean(axis=0))
+    """The dictionary on held-out text, by its encoder and by pursuit; and how often each latent is active there.
+
+    `mean` is that of the training text: held-out text must not help.
+    """
     replacements: dict[str, tuple[Any, ...]] = {
         "clean": (),
         "zero": (jnp.zeros_like,),
-        "mean": (lambda value, mean: jnp.broadcast_to(mean, value.shape), mean),
+        "mean": (lambda value, mean: jnp.broadcast_to(mean, value.shape), jnp.asarray(mean)),
         "encoder": (lambda value, sae: sae(value), sae),
         "pursuit": (_decoded_pursuit, sae),
     }
@@ -348,10 +367,18 @@ def _judged(
     with advancing("Splicing on held-out text", len(replacements) * rows.size) as advance:
         for name, replacement in replacements.items():
             losses[name] = mean_loss(
-                model, rows, *replacement, site=SITE, layer=layer, batch_size=BATCH_ROWS, advance=advance
+                model,
+                rows,
+                *replacement,
+                site=SITE,
+                layer=layer,
+                keep_above=sink_norm,
+                batch_size=BATCH_ROWS,
+                advance=advance,
             )
     batches = [rows[i : i + BATCH_ROWS] for i in range(0, len(rows), BATCH_ROWS)]
-    activations = list(stream_activations(model.forward, model.params, batches, site=SITE, layer=layer, skip_first=1))
+    stream = stream_activations(model.forward, model.params, batches, site=SITE, layer=layer, skip_first=1)
+    activations = [batch[np.linalg.norm(batch, axis=1) <= sink_norm] for batch in map(np.asarray, stream)]
     evaluation = evaluate(sae, activations)
     scores = (
         _score("SAE encoder", evaluation.l0, evaluation.fvu, evaluation.dead_share, losses, "encoder"),
@@ -360,13 +387,13 @@ def _judged(
     return scores, evaluation.density
 
 
-def _pursuit_statistics(sae: TopKSAE, activations: list[Float[Array, "n d_in"]]) -> tuple[float, float, float]:
+def _pursuit_statistics(sae: TopKSAE, activations: list[Float[np.ndarray, "n d_in"]]) -> tuple[float, float, float]:
     """(L0, fraction of variance unexplained, share of latents never used) of gradient pursuit."""
     pursue = jax.jit(lambda sae, x: gradient_pursuit(x - sae.b_dec[...], sae.W_dec[...], L0))
-    all_rows = np.concatenate([np.asarray(batch, np.float64) for batch in activations])
+    all_rows = np.concatenate(activations).astype(np.float64)
     active, error, used = 0, 0.0, np.zeros(sae.d_sae, bool)
     for batch in activations:
-        code = pursue(sae, batch)
+        code = pursue(sae, jnp.asarray(batch))
         weights = np.asarray(code.weights)
         active += int((weights > 0).sum())
         error += float((np.asarray(code.residual_norm, np.float64) ** 2).sum())
@@ -405,6 +432,7 @@ def _dashboards(
     store: ActivationStore,
     rows: Int[np.ndarray, "rows context"],
     densities: Float[np.ndarray, "d_sae"],
+    sink_norm: float,
 ) -> tuple[LatentDashboard, ...]:
     latents = choose_latents(densities, LATENTS_SHOWN, min_density=5e-4)
     encode = jax.jit(lambda sae, x: sae.encode(x)[:, latents])
@@ -413,8 +441,10 @@ def _dashboards(
     with advancing("Looking for the texts that activate latents most", settings.rows_shown * CONTEXT) as advance:
         for start in range(0, settings.rows_shown, BATCH_ROWS):
             stop = start + BATCH_ROWS
-            activations = jnp.asarray(store.rows(np.arange(start * positions, stop * positions)))
-            codes[start:stop, 1:] = np.asarray(encode(sae, activations)).reshape(BATCH_ROWS, positions, -1)
+            activations = store.rows(np.arange(start * positions, stop * positions))
+            found = np.array(encode(sae, jnp.asarray(activations)))
+            found[np.linalg.norm(activations, axis=1) > sink_norm] = 0.0
+            codes[start:stop, 1:] = found.reshape(BATCH_ROWS, positions, -1)
             advance(BATCH_ROWS * CONTEXT)
     return latent_dashboards(model, rows[: settings.rows_shown], codes, latents, sae.W_dec[...][latents])
 
@@ -423,13 +453,12 @@ def _steered(
     settings: Settings,
     model: LanguageModel,
     sae: TopKSAE,
-    store: ActivationStore,
     dashboards: tuple[LatentDashboard, ...],
     layer: int,
+    norm: float,
 ) -> tuple[SteeringSample, ...]:
     """One latent's direction added while the model writes: of those shown, the one that is surest what it is about."""
     chosen = max(dashboards, key=_agreement)
-    norm = float(np.linalg.norm(store.rows(np.arange(0, store.n_rows, 64)), axis=1).mean())
     coefficients = [0.0, *(share * norm for share in STEERING_SHARES)]
     continuations = steer(
         model,
@@ -450,7 +479,7 @@ def _steered(
             latent=chosen.latent,
             description=(
                 f"its decoder row, of norm 1, added to {SITE} of layer {layer} at every position; the coefficients are "
-                f"{' and '.join(f'{share:.0%}' for share in STEERING_SHARES)} of the activation's mean norm {norm:.0f}"
+                f"{' and '.join(f'{share:.0%}' for share in STEERING_SHARES)} of the activation's norm {norm:.0f}"
             ),
             unsteered=continuations[0].text,
             steered=tuple(SteeredText(one.coefficient, one.text) for one in continuations[1:]),

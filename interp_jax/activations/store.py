@@ -145,7 +145,9 @@ class ActivationStore:
             found[here] = self._maps[shard][indices[here] - self._starts[shard]]
         return found
 
-    def shuffled(self, batch_size: int, *, seed: int = 0) -> Callable[[int], Float[np.ndarray, "batch d_in"]]:
+    def shuffled(
+        self, batch_size: int, *, seed: int = 0, among: Int[np.ndarray, "n"] | None = None
+    ) -> Callable[[int], Float[np.ndarray, "batch d_in"]]:
         """A function from a step to its batch, for `train`: every row once an epoch, in an order of its own for each.
 
         Rows at an epoch's end that fill no batch are left out in that epoch.
@@ -153,18 +155,20 @@ class ActivationStore:
         Args:
             batch_size: rows a batch.
             seed: seed of the order.
+            among: the numbers of the rows to take; all when None.
 
         Raises:
-            ValueError: if the store holds fewer rows than a batch.
+            ValueError: if there are fewer rows than a batch.
         """
-        n_rows = self.n_rows
+        chosen = np.arange(self.n_rows) if among is None else np.asarray(among)
+        n_rows = len(chosen)
         if not 1 <= batch_size <= n_rows:
             raise ValueError(f"batch_size is {batch_size}; expected 1 to {n_rows}, the rows in {self.directory}.")
         per_epoch = n_rows // batch_size
 
         @functools.lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((seed, epoch)).permutation(n_rows)
+            return np.random.default_rng((seed, epoch)).permutation(chosen)
 
         def batch(step: int) -> Float[np.ndarray, "batch d_in"]:
             epoch, number = divmod(step, per_epoch)

@@ -74,6 +74,24 @@ def test_the_first_position_is_left_alone():
     assert not np.any(zeroed[:, 1:])
 
 
+def test_activations_of_a_huge_norm_are_left_alone():
+    model = make_model()
+    params = model.params | {"embed": model.params["embed"].at[3].multiply(100.0)}
+    limit = 2.3
+
+    def linear(params, tokens):
+        x = ij.site(params["embed"][tokens], "resid_post", layer=0)
+        return x @ params["w"]
+
+    tokens = jnp.asarray(TOKENS)
+    out = splice(linear, jnp.zeros_like, site="resid_post", layer=0, keep_above=limit)(params, tokens)
+    norms = np.linalg.norm(np.asarray(params["embed"])[TOKENS], axis=-1)
+    kept = norms > limit
+    kept[:, 0] = True
+    assert 0 < kept[:, 1:].sum() < kept[:, 1:].size
+    np.testing.assert_array_equal(np.any(np.asarray(out) != 0, axis=-1), kept)
+
+
 def test_mistakes():
     model = make_model()
     with pytest.raises(ValueError, match="4 rows do not fill a batch of 8"):
