@@ -121,7 +121,8 @@ TOLERANCE = 0.05
 LATENTS_SHOWN = 20
 SINK = 10
 """An activation of more than so many times the median norm is an attention sink."""
-STEERING_SHARES = (0.4, 0.6)
+STEERING_SHARES = (0.2, 0.35)
+TEMPERATURE = 0.7
 PROMPT = "The most important thing to know about this is"
 
 
@@ -468,6 +469,8 @@ def _steered(
         site=SITE,
         coefficients=coefficients,
         max_new_tokens=settings.new_tokens,
+        temperature=TEMPERATURE,
+        key=jax.random.key(0),
     )
     peaks = ", ".join(repr(snippet.tokens[snippet.peak]) for snippet in chosen.snippets)
     _say(f"Steering with latent {chosen.latent}, most active on {peaks}:")
@@ -479,7 +482,8 @@ def _steered(
             latent=chosen.latent,
             description=(
                 f"its decoder row, of norm 1, added to {SITE} of layer {layer} at every position; the coefficients are "
-                f"{' and '.join(f'{share:.0%}' for share in STEERING_SHARES)} of the activation's norm {norm:.0f}"
+                f"{' and '.join(f'{share:.0%}' for share in STEERING_SHARES)} of the activation's norm {norm:.0f}. "
+                f"Drawn at temperature {TEMPERATURE}, with the same random numbers for each text"
             ),
             unsteered=continuations[0].text,
             steered=tuple(SteeredText(one.coefficient, one.text) for one in continuations[1:]),
