@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from interp_jax import installed_data
 from interp_jax.activations.wikipedia import articles, clean_wikitext, read_dump
 
 A, B = "The first sentence is plain prose.", "The second sentence is plain prose."
@@ -110,10 +109,7 @@ def test_entities_that_grow_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def excerpt():
-    try:
-        return articles()
-    except installed_data.MissingDataError as error:
-        pytest.skip(str(error))
+    return articles()
 
 
 def test_the_excerpt_is_prose(excerpt):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import interp_jax as ij
-from interp_jax import installed_data
 from interp_jax.activations.wikipedia import reference_rows
 from interp_jax.models.flax_llama import load_llama_gguf, load_smollm2
 from interp_jax.models.loss import next_token_loss
@@ -231,10 +230,7 @@ FOUR_PARAGRAPHS = [
 
 @pytest.fixture(scope="module")
 def smollm2():
-    try:
-        return load_smollm2(context=128)
-    except installed_data.MissingDataError as error:
-        pytest.skip(str(error))
+    return load_smollm2(context=128)
 
 
 # By transformers 4.57.6 on PyTorch 2.13.0, the same GGUF file, float32.

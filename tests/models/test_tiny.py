@@ -15,7 +15,6 @@ from rich.console import Console
 
 import interp_jax.instrument as instrument
 from interp_jax import train_tiny
-from interp_jax.installed_data import MissingDataError
 from interp_jax.models import ngram
 from interp_jax.models.loss import next_token_loss, next_token_losses
 from interp_jax.models.tiny import load_tiny
@@ -102,10 +101,7 @@ def test_the_recorded_losses_are_reached_on_the_articles_held_out(tiny, record):
     from interp_jax.activations.tokens import pack
     from interp_jax.activations.wikipedia import articles
 
-    try:
-        texts = articles()
-    except MissingDataError as error:
-        pytest.skip(str(error))
+    texts = articles()
     parts: dict[str, list[str]] = {"train": [], "stopping": [], "held_out": []}
     for article in texts:
         is_in = [part for part in ("stopping", "held_out") if article.title in record[f"{part}_articles"]]
@@ -258,10 +254,7 @@ def test_the_script_writes_a_model_that_loads_and_a_record_of_it(tmp_path):
         output=tmp_path, vocab_size=300, d_model=16, n_layers=1, n_heads=2, d_mlp=16, context=32, batch=8, steps=20,
         warmup=5, evaluate_every=10,
     )  # fmt: skip
-    try:
-        record = train_tiny.main(small)
-    except MissingDataError as error:
-        pytest.skip(str(error))
+    record = train_tiny.main(small)
     tiny = load_tiny(tmp_path)
     assert (tiny.vocab_size, tiny.n_layers, tiny.context) == (300, 1, 32)
     assert json.loads((tmp_path / "training.json").read_text()) == record

@@ -45,10 +45,7 @@ def _encode_by_hand(text: str, vocabulary: dict[str, int], ranks: dict[tuple[str
 
 @pytest.fixture(scope="module")
 def smollm2_file() -> GgufFile:
-    try:
-        return GgufFile(installed_data.find("smollm2"))
-    except installed_data.MissingDataError as error:
-        pytest.skip(str(error))
+    return GgufFile(installed_data.find("smollm2"))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +76,7 @@ def small(tmp_path_factory) -> Tokenizer:
     return Tokenizer.from_gguf(_write_gguf(tmp_path_factory.mktemp("tokenizer") / "small.gguf"))
 
 
+@pytest.mark.demo
 def test_ids_agree_with_the_encoder_written_by_hand(smollm2, smollm2_file):
     vocabulary = {piece: i for i, piece in enumerate(smollm2_file.metadata["tokenizer.ggml.tokens"])}
     merges = smollm2_file.metadata["tokenizer.ggml.merges"]
@@ -89,11 +87,13 @@ def test_ids_agree_with_the_encoder_written_by_hand(smollm2, smollm2_file):
         assert smollm2.encode(text) == _encode_by_hand(text, vocabulary, ranks)
 
 
+@pytest.mark.demo
 def test_the_whole_excerpt_survives_the_round_trip(smollm2):
     for article in articles():
         assert smollm2.decode(smollm2.encode(article.text)) == article.text
 
 
+@pytest.mark.demo
 def test_smollm2_ids(smollm2):
     assert smollm2.vocab_size == 49152
     assert smollm2.bos_id is None  # The file names one, and says that none is added.
