@@ -199,8 +199,9 @@ def _experiment(settings: Settings, work: pathlib.Path, started: float) -> DemoR
     usual_norm = float(np.median(norms))
     sink_norm = SINK * usual_norm
     ordinary = np.flatnonzero(norms <= sink_norm)
+    n_sinks = store.n_rows - len(ordinary)
     _say(
-        f"{store.n_rows - len(ordinary)} of {store.n_rows:,} activations are attention sinks, of a norm above {SINK} "
+        f"{n_sinks} of {store.n_rows:,} activations are attention sinks, of a norm above {SINK} "
         f"times the median {usual_norm:.0f}: they are left out of training and left alone in splices."
     )
     sae, curve = _trained(settings, store, ordinary, work / "training")
@@ -219,6 +220,8 @@ def _experiment(settings: Settings, work: pathlib.Path, started: float) -> DemoR
             f"{train_rows.size:,} tokens of Wikipedia, each pass stopped at that layer.",
             "Its dictionary was judged on held-out articles, spliced into the model by the for loop, with its own "
             "encoder and with gradient pursuit in the encoder's place.",
+            f"Attention sinks (the first position of a row, and {n_sinks} of {store.n_rows:,} others, of over "
+            f"{SINK} times the median norm) were left out of training and of the variance, and left alone in splices.",
         ),
         setting=Setting(
             model=model.name,

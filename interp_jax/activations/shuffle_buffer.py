@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float
 
-from interp_jax.activations.store import write_whole
+from interp_jax.whole_file import write_whole
 
 __all__ = ["ShuffleBuffer"]
 

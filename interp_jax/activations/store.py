@@ -26,7 +26,9 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float, Int
 
-__all__ = ["ActivationStore", "write_whole"]
+from interp_jax.whole_file import write_whole
+
+__all__ = ["ActivationStore"]
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -247,21 +249,3 @@ class ActivationStore:
         shape = (shard["rows"], self.d_in)
         offset = shard["bytes"] - shape[0] * shape[1] * jnp.dtype(self.dtype).itemsize
         return np.memmap(self.directory / shard["file"], jnp.dtype(self.dtype), "r", offset, shape)
-
-
-def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file that is either whole or not there, synced to the disk.
-
-    Args:
-        path: the file; one that is there is replaced.
-        content: what it is to hold.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from interp_jax.sae.topk import TopKSAE
+from interp_jax.whole_file import write_whole
 
 __all__ = ["load_saelens", "save_saelens"]
 
@@ -59,8 +60,8 @@ def save_saelens(
             **metadata,
         },
     }
-    _write(directory / "sae_weights.safetensors", safetensors.numpy.save(arrays))
-    _write(directory / "cfg.json", json.dumps(config, indent=1).encode())
+    write_whole(directory / "sae_weights.safetensors", safetensors.numpy.save(arrays))
+    write_whole(directory / "cfg.json", json.dumps(config, indent=1).encode())
     return directory
 
 
@@ -97,12 +98,3 @@ def load_saelens(directory: str | os.PathLike[str]) -> TopKSAE:
             f"{directory} lacks {', '.join(missing) or 'k in cfg.json'}; expected a topk SAE's {_NAMES} and k."
         )
     return TopKSAE(**{name: jnp.asarray(arrays[name]) for name in _NAMES}, k=config["k"])
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
