@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from interp_jax.instrument import inject as inject
     from interp_jax.instrument import iterate as iterate
     from interp_jax.instrument import list_sites as list_sites
+    from interp_jax.instrument import module_sites as module_sites
     from interp_jax.instrument import site as site
     from interp_jax.models.known import load as load
 
@@ -36,6 +37,7 @@ _HOME = {
     "iterate": "interp_jax.instrument",
     "list_sites": "interp_jax.instrument",
     "load": "interp_jax.models.known",
+    "module_sites": "interp_jax.instrument",
     "site": "interp_jax.instrument",
 }
 
