@@ -1,0 +1,205 @@
+"""Gradients of a scalar with respect to activations, in one backward pass.
+
+Every wanted site is tapped: an identity whose derivative rule sows the gradient that comes back through it, and a
+harvest around the backward pass collects what was sown. So nothing is added to the forward pass, a gradient is as large
+as its activation and no larger, and it comes out of whatever the site stands in, as a saved value does: through `jit`,
+`checkpoint` and `vmap` as it is (the batch axis first), from a bare `scan` stacked over the iterations.
+
+What is differentiated is a scalar zero that every tap takes beside its value. What no tap precedes does not depend
+on it, and keeps nothing for the backward pass. A scan over layers depends on it from its first iteration, whichever
+layer is tapped; so `layer_scan` runs the layers before the earliest one that is tapped as a scan of their own.
+
+What bites:
+
+* A function inside the model must not close over that zero: JAX's caches would keep it with the function. A tap asks
+  for it by a sow, and it is planted (`harvest.plant`) from outside.
+* The model may differentiate itself. A tap sows in the derivative with respect to its zero only, and is the identity in
+  others.
+* Taps have a rule for reverse mode only: `jax.jvp` of a function that calls `gradients` is an error of JAX's,
+  `jax.grad` of it is fine.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from interp_jax.instrument import harvest, running_pass
+from interp_jax.instrument.fetch import SiteValues
+from interp_jax.instrument.sow import sow_value
+
+__all__ = ["GradientPass", "gradients"]
+
+_Key = tuple[int | None, str]
+
+_ZERO = "the zero that ij.gradients differentiates"
+
+
+def gradients(
+    fn: Callable[..., Any],
+    sites: str | Collection[str] | None = None,
+    layers: int | Collection[int | None] | None = None,
+    *,
+    objective: Callable[[Any], Any] | None = None,
+) -> Callable[..., tuple[Any, SiteValues]]:
+    """Makes of a function one that also returns the gradients of a scalar with respect to its activations.
+
+    Args:
+        fn: a forward pass, or any function that reaches `site`.
+        sites: the names of the sites; None for all.
+        layers: the layers of the sites; None for all.
+        objective: gives the scalar, from what `fn` returns; None if `fn` returns the scalar.
+
+    Returns:
+        A function of `fn`'s arguments that gives `(out, {(layer, name): gradient})`, with `out` what `fn` returned and
+        each gradient in the shape of its activation; zeros where the objective does not depend on it.
+
+    Raises:
+        SiteError: on the call, if a name or a layer does not occur, or a site's values are no floating-point numbers.
+        ReapError: on the call, if a site occurs twice (a model called twice in `fn`, say).
+        TypeError: on the call, if the objective is no floating-point scalar.
+    """
+    site_filter, layer_filter = running_pass.as_filter(sites, str), running_pass.as_filter(layers, int)
+
+    def differentiating(*args: Any, **kwargs: Any) -> tuple[Any, SiteValues]:
+        state = GradientPass(site_filter, layer_filter)
+
+        def run(zero: Any) -> tuple[Any, Any]:
+            def tapped() -> Any:
+                _zero()  # planting what nobody asks for is an error
+                with running_pass.standing(state):
+                    return fn(*args, **kwargs)
+
+            out = harvest.plant(tapped, tag=_ZERO)({_ZERO: zero})
+            return _scalar(out if objective is None else objective(out)), out
+
+        with harvest.reaping(state.tag) as reaper:
+            scalar, backward, out = jax.vjp(run, jnp.zeros(()), has_aux=True)
+            backward(jnp.ones_like(scalar))
+            reaped = reaper.take()
+        running_pass.check_filters(state)
+        return out, state.gradients(reaped)
+
+    return differentiating
+
+
+def _scalar(value: Any) -> Any:
+    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(
+            "the objective must be a floating-point scalar, but it has shape "
+            f"{jnp.shape(value)} and dtype {jnp.result_type(value)}: give objective=, a function of what fn returns"
+        )
+    return value
+
+
+def _zero() -> Any:
+    return sow_value(jnp.zeros(()), tag=_ZERO, name=_ZERO, mode="clobber", scope=())
+
+
+class GradientPass(running_pass.PassState):
+    """A pass in which no loop listens, but taps."""
+
+    def __init__(self, sites: frozenset[str] | None, layers: frozenset[int | None] | None):
+        super().__init__(sites, layers)
+        self._taps: dict[_Key, list[tuple[Any, Hashable, int | None]]] = {}
+
+    def visit(self, value: Any, name: str, layer: int | None) -> Any:
+        """Taps a site."""
+        key = (layer, name)
+        avals = _avals(value, name, layer)
+        self._taps.setdefault(key, []).append((avals, key, None))
+        return _tap(
+            value,
+            jnp.zeros((), jnp.int32),
+            lambda gradient, _: sow_value(gradient, tag=self.tag, name=key, mode="save"),
+        )
+
+    def expect(self, layer: int, name: str) -> None:
+        """Says, in the order of the pass, which sites of a layer scan will be tapped."""
+        self._taps.setdefault((layer, name), [])
+
+    def visit_rows(self, value: Any, name: str, rows: Mapping[int, int], row: Any, buffer: Hashable) -> Any:
+        """Taps a site of a layer scan.
+
+        Args:
+            value: the site's value.
+            name: the site's name.
+            rows: the rows of the layers that are tapped.
+            row: the row of the layer that runs, traced; -1 if it is not tapped.
+            buffer: what the gradients' buffer is to be called.
+        """
+        for layer, place in rows.items():
+            self._taps.setdefault((layer, name), []).append((_avals(value, name, layer), buffer, place))
+
+        def collect(gradient: Any, row: Any) -> None:
+            def write(gradient: Any, row: Any) -> None:
+                sow_value(gradient, tag=self.tag, name=buffer, mode="slot", index=row, slots=len(rows))
+
+            jax.lax.cond(row >= 0, write, lambda *_: None, gradient, row)
+
+        return _tap(value, row, collect)
+
+    def gradients(self, reaped: Mapping[Hashable, Any]) -> SiteValues:
+        """The gradients by site, in the order of the pass."""
+        found = SiteValues()
+        for key, taps in self._taps.items():
+            # A function may have been traced more than once; what is not in the program sows nothing.
+            live = [tap for tap in taps if tap[1] in reaped]
+            if len(live) > 1 and live[0][2] is not None:
+                raise harvest.ReapError(
+                    f"{running_pass.in_words(*key)} occurs in two layer_scans: give each a first_layer of its own"
+                )
+            if not live:
+                found[key] = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), taps[-1][0])
+                continue
+            (_, buffer, row), *_ = live
+            found[key] = reaped[buffer] if row is None else _row(reaped[buffer], row)
+        return found
+
+
+def _row(buffer: Any, row: int) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, row, keepdims=False), buffer)
+
+
+def _avals(value: Any, name: str, layer: int | None) -> Any:
+    def check(leaf: Any) -> jax.ShapeDtypeStruct:
+        aval = jax.typeof(leaf)
+        if not jnp.issubdtype(aval.dtype, jnp.inexact):
+            raise running_pass.SiteError(
+                f"{running_pass.in_words(layer, name)} has dtype {aval.dtype}, so there is no gradient with "
+                "respect to it: name the sites that are wanted in sites="
+            )
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+    return jax.tree.map(check, value)
+
+
+def _tap(value: Any, row: Any, collect: Callable[[Any, Any], None]) -> Any:
+    """`value`; in a backward pass `collect` is called with its gradient and with `row`."""
+    leaves, tree = jax.tree.flatten(value)
+
+    @jax.custom_vjp
+    def identity(leaves: Sequence[Any], row: Any, zero: Any) -> Sequence[Any]:
+        return leaves
+
+    def forward(leaves: Sequence[Any], row: Any, zero: Any) -> tuple[Sequence[Any], Any]:
+        # The same again: the pass that differentiates the zero may be one further out.
+        outs = identity([leaf.value for leaf in leaves], row.value, zero.value)
+        return outs, (row.value if zero.perturbed else None)
+
+    def backward(row: Any, cotangents: Sequence[Any]) -> tuple[Sequence[Any], None, Any]:
+        arrays = [_instantiated(one) for one in cotangents]
+        if row is not None:
+            collect(jax.tree.unflatten(tree, arrays), row)
+        return arrays, None, jnp.zeros(())
+
+    identity.defvjp(forward, backward, symbolic_zeros=True)
+    return jax.tree.unflatten(tree, identity(leaves, row, _zero()))
+
+
+def _instantiated(cotangent: Any) -> Any:
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        aval: Any = cotangent.aval
+        return jnp.zeros(aval.shape, aval.dtype)
+    return cotangent
