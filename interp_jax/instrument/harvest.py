@@ -1,190 +1,188 @@
-"""Harvest: values tagged deep inside a JAX computation, collected outside it.
+"""Harvest: values sown deep inside a JAX computation, collected or replaced from outside it.
 
-`sow(value, tag=..., name=...)` marks a value; `call_and_reap(fn, tag=...)(*args)` gives `fn`'s result and every value
-sown under the tag, by name. The vocabulary is that of Oryx Harvest. Here it is what carries `running.save` across `jit`
-and `checkpoint`.
+The vocabulary is Oryx Harvest's. `sow(value, tag=..., name=...)` marks a value; `reap` collects what is sown under a
+tag, `plant` puts values in the place of what is sown, `harvest` does both. All of them work through jit, grad, vmap,
+checkpoint, scan, while, cond, custom derivatives and shard_map, and under any of these.
 
-How a value gets out. At the top level a `Reaper` stands as the current trace. It hands every primitive to the trace
-that was current before, so eager values stay concrete; a `sow` it keeps; a call primitive whose jaxpr holds a sow it
-replaces by one whose jaxpr returns the sown values too, so that they leave as ordinary outputs and every transformation
-outside treats them as such. The call itself stays in the program, with its shardings or its policy.
+```python
+def f(x):
+    y = sow(jnp.sin(x), tag="probe", name="y")
+    return y**2
 
-What bites, and the answer:
+call_and_reap(f, tag="probe")(1.0)  # (0.708, {"y": 0.841})
+plant(f, tag="probe")({"y": 3.0}, 1.0)  # 9.0
+```
 
-* An always-bound sow primitive is not free: its effect slows jit's dispatch and defeats rematerialisation. So `sow`
-  binds it only while a reaper of that very tag is listening, and is the plain identity otherwise.
-* Without an effect, `grad(jit(...))` and `grad(checkpoint(...))` would drop a sow whose result nobody uses. JAX
-  permits, in control flow, rematerialisation and custom derivatives alike, effects of a few types of its own,
-  `jax.debug`'s being one. Ours derives from
-  it: the one public way to be permitted there.
-* `jit`, `checkpoint` and `vmap` are crossed today. A sow in another call primitive (scan, while, cond, custom
-  derivatives) is found, and refused by name; it is never dropped in silence.
+How it works. At the top level a `Harvester` stands as the current trace. It hands every primitive to the trace that was
+current before, so eager values stay concrete; a sow it deals with itself; an equation with sows inside it binds anew,
+so that they come out (`carry.py`). So a harvest inside `grad`, `vmap` or `jit` is an ordinary computation to them.
 """
 
 import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import functools
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.extend.core as jex
-from jax.extend import source_info_util
-from jax.extend.core import primitives as jex_primitives
-from jax.interpreters import ad, batching, mlir
+from jax.extend import linear_util
+from jax.extend.core.primitives import custom_jvp_call_p
 
-from interp_jax.instrument import trace_context
+from interp_jax.instrument import carry, crossings, trace_context, vmapped_control_flow
+from interp_jax.instrument.carry import ReapError
+from interp_jax.instrument.sow import (
+    Listener,
+    is_silent,
+    listeners,
+    listening,
+    mark_edit,
+    nest,
+    sow,
+    sow_cond,
+    sow_p,
+    sow_value,
+)
 
-__all__ = ["ReapError", "call_and_reap", "sow", "sow_p"]
-
-
-class ReapError(ValueError):
-    """A sown value cannot be reaped; the message says which one and why."""
-
-
-def _debug_effect_type() -> type:
-    (effect,) = jax.make_jaxpr(lambda: jax.debug.print(""))().effects
-    return type(effect)
-
-
-class SowEffect(_debug_effect_type()):
-    """Keeps a sow in the program although nothing may use its result."""
-
-    __str__ = __repr__ = lambda self: "Sow"
-
-
-_effect = SowEffect()
-
-sow_p = jex.Primitive("sow")
-sow_p.multiple_results = True
-sow_p.def_impl(lambda *values, **_: list(values))
-sow_p.def_effectful_abstract_eval(lambda *avals, **_: (list(avals), {_effect}))
-mlir.register_lowering(sow_p, lambda ctx, *values, **_: values)
-
-
-def _sow_jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
-    return sow_p.bind(*primals, **params), list(tangents)
+__all__ = [
+    "ReapError",
+    "call_and_reap",
+    "harvest",
+    "is_silent",
+    "mark_edit",
+    "nest",
+    "plant",
+    "reap",
+    "sow",
+    "sow_cond",
+    "sow_p",
+    "sow_value",
+]
 
 
-def _sow_batch(values: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[list[Any], list[int | None]]:
-    """Reaped values carry the batch axis in front, wherever it was. One that does not depend on the batch has none."""
-    moved = [
-        value if axis is None else jax.numpy.moveaxis(value, axis, 0) for value, axis in zip(values, axes, strict=True)
-    ]
-    fronts = [None if axis is None else 0 for axis in axes]
-    return sow_p.bind(*moved, **params), fronts
+carry.rules.update(crossings.RULES)
+vmapped_control_flow.install()
 
 
-ad.primitive_jvps[sow_p] = _sow_jvp
-batching.primitive_batchers[sow_p] = _sow_batch
-
-_listening: contextvars.ContextVar[tuple[Hashable, ...]] = contextvars.ContextVar("listening", default=())
-
-
-def sow(value: Any, *, tag: Hashable, name: Hashable) -> Any:
-    """Tags a value, to be collected by `call_and_reap` with the same tag.
-
-    Args:
-        value: any pytree of arrays.
-        tag: which harvest the value is meant for.
-        name: unique among the values of one harvest.
-
-    Returns:
-        `value`. Where no harvest of this tag is active it is the very same object and nothing is traced.
-    """
-    if tag not in _listening.get():
-        return value
-    return sow_value(value, tag=tag, name=name)
-
-
-def sow_value(value: Any, *, tag: Hashable, name: Hashable) -> Any:
-    """`sow` for a caller who knows that a harvest of this tag is active: the loop's body runs outside its context."""
-    leaves, tree = jax.tree.flatten(value)
-    return jax.tree.unflatten(tree, sow_p.bind(*leaves, tag=tag, name=name, tree=tree))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sown:
-    """What one sow equation says of its values: name and tree, and how many leaves."""
-
-    name: Hashable
-    tree: Any
-
-    @property
-    def leaves(self) -> int:
-        return self.tree.num_leaves
-
-
-class _Reaped:
-    """Values by name, in the order in which they were sown; a name is sown once."""
-
-    def __init__(self) -> None:
-        self.values: dict[_Sown, list[Any]] = {}
-
-    def add(self, sown: _Sown, leaves: Sequence[Any]) -> None:
-        if any(sown.name == other.name for other in self.values):
-            raise ReapError(
-                f"{sown.name!r} was saved or sown more than once in one pass: give each value a name of its own, "
-                'for example f"norm/{layer}"'
-            )
-        self.values[sown] = list(leaves)
-
-    def flat(self) -> tuple[list[_Sown], list[Any]]:
-        return list(self.values), [leaf for leaves in self.values.values() for leaf in leaves]
-
-    def add_flat(self, sown: Sequence[_Sown], leaves: Sequence[Any]) -> None:
-        remaining = iter(leaves)
-        for one in sown:
-            self.add(one, [next(remaining) for _ in range(one.leaves)])
-
-    def by_name(self) -> dict[Hashable, Any]:
-        return {sown.name: jax.tree.unflatten(sown.tree, leaves) for sown, leaves in self.values.items()}
-
-
-class Reaper(jax.core.Trace):
-    """A trace that hands everything to `parent`, and keeps what is sown under `tag`.
+class Harvester(jax.core.Trace):
+    """A trace that hands everything to `parent`, and keeps or replaces what is sown.
 
     Values are the parent's own: nothing is boxed, and what is concrete stays concrete.
     """
 
-    def __init__(self, parent: jax.core.Trace, tag: Hashable):
+    def __init__(self, parent: jax.core.Trace, level: carry.Level):
         super().__init__()
         self.parent = parent
-        self.tag = tag
-        self.reaped = _Reaped()
+        self.level: carry.Level | None = level
 
     def take(self) -> dict[Hashable, Any]:
-        """The values by name. They are let go: JAX's caches may keep a trace, and must not keep what it reaped."""
-        reaped, self.reaped = self.reaped, _Reaped()
-        return reaped.by_name()
+        """What was reaped, by name. It is let go: JAX's caches may keep a trace, and must not keep values."""
+        level, self.level = self.level, None
+        assert level is not None
+        return {path[-1]: value for path, value in level.values().items()}
+
+    # Flax NNX asks whether a module was made in the trace that is current now. For that, this one is its parent.
+    def __eq__(self, other: object) -> bool:
+        return self is other or self.parent == other
+
+    def __hash__(self) -> int:
+        return hash(self.parent)
 
     def stage_value(self, val: Any) -> Any:
         return self.parent.stage_value(val)
 
     def process_primitive(self, primitive: Any, tracers: Sequence[Any], params: dict[str, Any], /) -> Any:
         with trace_context.entered(self.parent):
-            return _bind(primitive, tracers, params, self.tag, self.reaped)
+            return self._bind(primitive, tracers, params)
 
-    def process_call(self, *args: Any, **kwargs: Any) -> Any:
-        return self.parent.process_call(*args, **kwargs)
+    def _bind(self, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
+        assert self.level is not None
+        if primitive is not sow_p and self.parent is _eager_trace() and carry.concerns(self.level, primitive, params):
+            return _bind_cached(primitive, args, params, self.level)
+        return carry.bind(primitive, args, params, self.level)
 
-    def process_custom_jvp_call(self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **kwargs: Any) -> Any:
-        if self.parent is _eager_trace():
-            with trace_context.entered(self):  # runs as plain code: sites inside stand in this trace
-                return fun.call_wrapped(*tracers)
-        return self.parent.process_custom_jvp_call(primitive, fun, jvp, tracers, **kwargs)
+    def process_custom_jvp_call(self, primitive: Any, fun: Any, jvp: Any, tracers: Any, /, **params: Any) -> Any:
+        return self._process_custom(primitive, fun, (jvp,), tracers, params)
 
     def process_custom_vjp_call(
-        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **kwargs: Any
+        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **params: Any
     ) -> Any:
+        return self._process_custom(primitive, fun, (fwd, bwd), tracers, params)
+
+    def _process_custom(self, primitive: Any, fun: Any, rules: tuple[Any, ...], args: Any, params: Any) -> Any:
         if self.parent is _eager_trace():
-            with trace_context.entered(self):
-                return fun.call_wrapped(*tracers)
-        return self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, tracers, **kwargs)
+            with trace_context.entered(self):  # runs as plain code: what is sown inside stands in this trace
+                return fun.call_wrapped(*args)
+        assert self.level is not None
+        with trace_context.entered(self.parent):
+            eqn, operands, _ = _staged(primitive, args, {"subfuns": (fun, *rules), **params})
+            if carry.concerns(self.level, primitive, eqn.params):
+                outs = carry.bind(primitive, operands, eqn.params, self.level)
+            elif primitive is custom_jvp_call_p:
+                outs = self._bind_custom_jvp(operands, eqn.params)
+            else:
+                bind_params = primitive.get_bind_params(eqn.params)
+                code, forward, backward = bind_params["subfuns"]
+                bind_params["subfuns"] = (code, self._heard(forward), backward)
+                outs = primitive.bind(*operands, **bind_params)
+        if _was_called(rules[0]):  # JAX wants to find that one of the two was called
+            _reset(fun)
+        return outs
+
+    def _bind_custom_jvp(self, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+        """Binds the call so that its rule, where the parent runs it here and now, is harvested too."""
+        assert self.level is not None
+        params = custom_jvp_call_p.get_bind_params(params)
+        code, rule = params["subfuns"]
+        # What is planted goes through JAX with the operands: the rule wants primal values.
+        plants, tree = jax.tree.flatten(dict(self.level.plants))
+        plants = [jax.numpy.asarray(value) for value in plants]
+
+        def code_alone(*operands: Any) -> list[Any]:
+            return code.call_wrapped(*operands[: len(args)])
+
+        def rule_alone(*operands: Any) -> list[Any]:
+            primals, tangents = operands[: len(operands) // 2], operands[len(operands) // 2 :]
+            planted = jax.tree.unflatten(tree, primals[len(args) :])
+            return self._heard(rule, planted).call_wrapped(*primals[: len(args)], *tangents[: len(args)])
+
+        params["subfuns"] = (
+            linear_util.wrap_init(code_alone, debug_info=code.debug_info),
+            linear_util.wrap_init(rule_alone, debug_info=rule.debug_info),
+        )
+        return custom_jvp_call_p.bind(*args, *plants, **params)
+
+    def _heard(self, rule: Any, plants: Mapping[Hashable, Any] | None = None) -> Any:
+        """A derivative rule whose sows this harvest gets, as long as it lasts."""
+        harvester = weakref.ref(self)
+
+        def call(*args: Any) -> Any:
+            this, trace = harvester(), trace_context.current_trace()
+            if this is None or this.level is None:
+                return rule.call_wrapped(*args)
+            # Concrete values can be kept. Tracers of an inner trace could not.
+            kind = carry.Level if trace is _eager_trace() else carry.OutOfReach
+            inner = Harvester(trace, kind(this.level.purpose, state=this.level.reaped, plants=plants))
+            try:
+                with trace_context.entered(inner):
+                    return rule.call_wrapped(*args)
+            finally:
+                assert inner.level is not None
+                this.level.met.update(inner.level.met)
+                inner.level = None
+
+        return linear_util.wrap_init(call, debug_info=rule.debug_info)
+
+    def process_shard_map(self, primitive: Any, fun: Any, tracers: Any, /, **params: Any) -> Any:
+        assert self.level is not None
+        with trace_context.entered(self.parent):
+            eqn, operands, empty = _staged(primitive, tracers, {"subfuns": (fun,), **params})
+            return empty.update(self._bind(primitive, operands, eqn.params))
 
     def __getattr__(self, name: str) -> Any:
-        # shard_map and others ask the current trace for a method of their own (process_shard_map, ...).
+        # Primitives with functions for operands ask the current trace for a method of their own.
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.parent, name)
@@ -195,133 +193,215 @@ def _eager_trace() -> jax.core.Trace:
         return trace_context.current_trace()
 
 
-def _sows(jaxpr: jex.Jaxpr, tag: Hashable) -> bool:
-    return any(
-        (eqn.primitive is sow_p and eqn.params["tag"] == tag)
-        or any(_sows(inner, tag) for inner in jex.jaxprs_in_params(eqn.params))
-        for eqn in jaxpr.eqns
-    )
+def _staged(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+    """The equation that binding a primitive with functions for operands makes in a jaxpr; its operands; what bind
+    gives.
+
+    The last without its values, since it may be a container of JAX's own.
+    """
+    empty: Any = None
+
+    def function(*args: Any) -> list[Any]:
+        nonlocal empty
+        out = primitive.bind(*args, **params)
+        empty = out.update([None] * len(out)) if hasattr(out, "update") else None
+        return list(out)
+
+    jaxpr = jax.make_jaxpr(function)(*map(jax.typeof, args))
+    (eqn,) = jaxpr.eqns
+    opened = getattr(jaxpr, "jaxpr", jaxpr)
+    env = dict(zip([*opened.constvars, *opened.invars], [*jaxpr.consts, *args], strict=True))
+    return eqn, [atom.val if isinstance(atom, jex.Literal) else env[atom] for atom in eqn.invars], empty
 
 
-def _bind(
-    primitive: Any, args: Sequence[Any], params: dict[str, Any], tag: Hashable, reaped: _Reaped
-) -> list[Any] | Any:
-    """Binds a primitive in the current trace; what is sown under `tag` inside it is added to `reaped`."""
-    if primitive is sow_p and params["tag"] == tag:
-        reaped.add(_Sown(params["name"], params["tree"]), args)
-        return list(args)
-    if not any(_sows(inner, tag) for inner in jex.jaxprs_in_params(params)):
-        return primitive.bind(*args, **primitive.get_bind_params(params))
-    if primitive not in _rules:
-        raise ReapError(
-            f"a value was saved inside `{primitive}`, which save does not cross yet: it crosses "
-            "jit, checkpoint and vmap. Return the value from that function, or run the pass inside it"
-        )
-    sown, leaves, outs = _rules[primitive](args, params, tag)
-    reaped.add_flat(sown, leaves)
+def _was_called(function: Any) -> bool:
+    for store in function.stores:
+        try:
+            if store is not None:
+                _ = store.val
+                return True
+        except linear_util.StoreException:
+            pass
+    return False
+
+
+def _reset(function: Any) -> None:
+    for store in function.stores:
+        if store is not None:
+            store.reset()
+
+
+# For eager calls: what an equation was made into, by its first jaxpr. The jaxprs in it are then the same from call to
+# call, and JAX finds what it compiled.
+_bound: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _bind_cached(primitive: Any, args: Sequence[Any], params: dict[str, Any], level: carry.Level) -> Any:
+    jaxprs = list(jex.jaxprs_in_params(params))
+    crossing = carry.Crossing(level, level.slots(primitive, params))
+    operands, tree = jax.tree.flatten((list(args), crossing.state_in(level), crossing.planted_in(level)))
+    avals = tuple(map(jax.typeof, operands))
+    key = (primitive, tree, avals, level.purpose, tuple(crossing.planted), tuple(sorted(params.items(), key=_first)))
+    try:
+        found = _bound.setdefault(jaxprs[0], {}).get(key)
+    except TypeError:  # a parameter that cannot be hashed
+        return carry.bind(primitive, args, params, level)
+    if found is None:
+        trees: list[Any] = []
+
+        def function(*operands: Any) -> list[Any]:
+            results, out_tree = jax.tree.flatten(crossing.bind(primitive, params, *jax.tree.unflatten(tree, operands)))
+            trees.append(out_tree)
+            return results
+
+        jaxpr = jax.make_jaxpr(function)(*avals)
+        found = _bound[jaxprs[0]][key] = (jaxpr, trees[0])
+    jaxpr, out_tree = found
+    outs, state, once = jax.tree.unflatten(out_tree, jex.jaxpr_as_fun(jaxpr)(*operands))
+    crossing.leave(level, state, once)
     return outs
 
 
-def _interpret(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], tag: Hashable, reaped: _Reaped) -> list:
-    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-        with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
-            outs = _bind(eqn.primitive, [read(atom) for atom in eqn.invars], eqn.params, tag, reaped)
-        env.update(zip(eqn.outvars, outs if eqn.primitive.multiple_results else [outs], strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _reaping(jaxpr: jex.Jaxpr, consts: Sequence[Any], tag: Hashable) -> tuple[Callable[..., list[Any]], list[_Sown]]:
-    """A function giving the jaxpr's outputs and then the sown leaves, and a list that it fills with what those are."""
-    found: list[_Sown] = []
-
-    def function(*args: Any) -> list[Any]:
-        reaped = _Reaped()
-        outs = _interpret(jaxpr, consts, args, tag, reaped)
-        found[:], leaves = reaped.flat()
-        return [*outs, *leaves]
-
-    return function, found
-
-
-_Rule = Callable[[Sequence[Any], dict[str, Any], Hashable], tuple[list[_Sown], list[Any], list[Any]]]
-
-
-def _reap_jit(args: Sequence[Any], params: dict[str, Any], tag: Hashable) -> tuple[list[_Sown], list[Any], list[Any]]:
-    closed = params["jaxpr"]
-    function, sown = _reaping(closed.jaxpr, closed.consts, tag)
-    reaping = jax.make_jaxpr(function)(*closed.in_avals)
-    extra = len(reaping.out_avals) - len(closed.out_avals)
-    unspecified, no_layout = _unspecified_sharding()
-    outs = jex_primitives.jit_p.bind(
-        *args,
-        **{
-            **params,
-            "jaxpr": reaping,
-            "out_shardings": (*params["out_shardings"], *[unspecified] * extra),
-            "out_layouts": (*params["out_layouts"], *[no_layout] * extra),
-        },
-    )
-    split = len(outs) - extra
-    return sown, list(outs[split:]), list(outs[:split])
-
-
-def _unspecified_sharding() -> tuple[Any, Any]:
-    """What jit itself writes for an output that nobody gave a sharding or a layout."""
-    (eqn,) = jax.make_jaxpr(jax.jit(lambda x: x * 2))(jax.ShapeDtypeStruct((), "float32")).eqns
-    return eqn.params["out_shardings"][0], eqn.params["out_layouts"][0]
-
-
-def _reap_checkpoint(
-    args: Sequence[Any], params: dict[str, Any], tag: Hashable
-) -> tuple[list[_Sown], list[Any], list[Any]]:
-    function, sown = _reaping(params["jaxpr"], (), tag)
-    outs = jax.checkpoint(function, policy=params["policy"], prevent_cse=params["prevent_cse"])(*args)
-    split = len(params["jaxpr"].outvars)
-    return sown, list(outs[split:]), list(outs[:split])
-
-
-_rules: dict[Any, _Rule] = {jex_primitives.jit_p: _reap_jit, jex_primitives.remat_p: _reap_checkpoint}
+def _first(pair: tuple[str, Any]) -> str:
+    return pair[0]
 
 
 @contextlib.contextmanager
-def reaping(tag: Hashable) -> Iterator[Reaper]:
-    """Listens for `tag` in the block: operations there stand in a `Reaper` over the trace that was current."""
-    reaper = Reaper(trace_context.current_trace(), tag)
-    listening = _listening.set((*_listening.get(), tag))
+def reaping(tag: Hashable) -> Iterator[Harvester]:
+    """Operations in the block stand in a `Harvester` over the current trace. It reaps what is sown under `tag`."""
+    with _harvesting(carry.Level(carry.Purpose(Listener(tag), reaps=True))) as harvester:
+        yield harvester
+
+
+@contextlib.contextmanager
+def _harvesting(level: carry.Level) -> Iterator[Harvester]:
+    harvester = Harvester(trace_context.current_trace(), level)
     try:
-        with trace_context.entered(reaper):
-            yield reaper
+        with trace_context.entered(harvester):
+            yield harvester
     finally:
-        _listening.reset(listening)
+        harvester.level = None
 
 
-def call_and_reap(function: Callable[..., Any], *, tag: Hashable) -> Callable[..., tuple[Any, dict[Hashable, Any]]]:
-    """Wraps `function` so that it also returns what is sown in it.
-
-    Args:
-        function: any function of JAX arrays.
-        tag: the tag to collect.
-
-    Returns:
-        A function of the same arguments that gives `(result, {name: value})`.
-
-    Raises:
-        ReapError: on the call, if a name is sown twice or inside a primitive that harvest does not cross.
-    """
-
-    def harvested(*args: Any, **kwargs: Any) -> tuple[Any, dict[Hashable, Any]]:
-        with trace_context.CacheToken() as token, reaping(tag) as reaper:
-            token.spoil()  # `function` may hold jitted functions that were traced for another tag, or for none
-            try:
-                result = function(*args, **kwargs)
-            finally:
-                token.spoil()
-        return result, reaper.take()
+def _harvest(f: Callable[..., Any], listener: Listener, reaps: bool) -> Callable[..., tuple[Any, dict[Hashable, Any]]]:
+    @functools.wraps(f, updated=())
+    def harvested(plants: Mapping[Hashable, Any], /, *args: Any, **kwargs: Any) -> tuple[Any, dict[Hashable, Any]]:
+        outer, hearing = listeners(), dataclasses.replace(listener, planted=frozenset(_paths(plants)))
+        level = carry.Level(carry.Purpose(hearing, reaps, outer), plants=plants)
+        with _harvesting(level), listening(hearing):
+            out = f(*args, **kwargs)
+        if unknown := level.unknown_plants():
+            known = ", ".join(carry.in_words(path) for path in level.met) or "nothing"
+            raise ReapError(
+                f"{', '.join(map(carry.in_words, unknown))} was to be planted, but is not sown under the tag "
+                f"{listener.tag!r}; what is sown there: {known}"
+            )
+        return out, _by_scope(level.values())
 
     return harvested
+
+
+def _paths(plants: Mapping[Hashable, Any], above: carry.Path = ()) -> Iterator[carry.Path]:
+    for name, value in plants.items():
+        yield (*above, name)
+        if isinstance(value, Mapping):
+            yield from _paths(value, (*above, name))
+
+
+def _by_scope(values: Mapping[carry.Path, Any]) -> dict[Hashable, Any]:
+    tree: dict[Hashable, Any] = {}
+    for path, value in values.items():
+        scope = tree
+        for name in path[:-1]:
+            scope = scope.setdefault(name, {})
+        scope[path[-1]] = value
+    return tree
+
+
+def harvest(
+    f: Callable[..., Any],
+    *,
+    tag: Hashable,
+    allowlist: Collection[Hashable] | None = None,
+    blocklist: Collection[Hashable] = (),
+    exclusive: bool = False,
+) -> Callable[..., tuple[Any, dict[Hashable, Any]]]:
+    """Makes of `f` one that takes values for what is sown in it, and also returns what is sown.
+
+    Args:
+        f: any function of JAX arrays.
+        tag: which sows it is for. Others pass through, to harvests around it.
+        allowlist: the only names that it is for; None for all.
+        blocklist: names that it is not for.
+        exclusive: whether sows of other tags are dropped in `f`, so that harvests around do not see them.
+
+    Returns:
+        A function `(plants, *args, **kwargs) -> (out, reaps)`. `plants` maps names to values (below their scopes, where
+        `nest` makes some); a planted value stands in the place of the one that is sown, and is not reaped.
+
+    Raises:
+        ReapError: on the call: a name sown twice in strict mode or in control flow that its mode does not allow; a
+            planted name that is not sown, or a planted value of another tree, shape or dtype.
+    """
+    return _harvest(f, Listener.of(tag, allowlist, blocklist, exclusive), reaps=True)
+
+
+def call_and_reap(
+    f: Callable[..., Any],
+    *,
+    tag: Hashable,
+    allowlist: Collection[Hashable] | None = None,
+    blocklist: Collection[Hashable] = (),
+    exclusive: bool = False,
+) -> Callable[..., tuple[Any, dict[Hashable, Any]]]:
+    """Makes of `f` one that gives `(out, reaps)`: its result, and by name what is sown in it.
+
+    Arguments and errors are those of `harvest`.
+    """
+    return _with_plants({}, harvest(f, tag=tag, allowlist=allowlist, blocklist=blocklist, exclusive=exclusive))
+
+
+def _with_plants(plants: Mapping[Hashable, Any], harvested: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.wraps(harvested, updated=())(functools.partial(harvested, plants))
+
+
+def reap(
+    f: Callable[..., Any],
+    *,
+    tag: Hashable,
+    allowlist: Collection[Hashable] | None = None,
+    blocklist: Collection[Hashable] = (),
+    exclusive: bool = False,
+) -> Callable[..., dict[Hashable, Any]]:
+    """Makes of `f` one that gives what is sown in it, by name, in the place of its result.
+
+    Arguments and errors are those of `harvest`.
+    """
+    reaping = call_and_reap(f, tag=tag, allowlist=allowlist, blocklist=blocklist, exclusive=exclusive)
+
+    @functools.wraps(f, updated=())
+    def reaped(*args: Any, **kwargs: Any) -> dict[Hashable, Any]:
+        return reaping(*args, **kwargs)[1]
+
+    return reaped
+
+
+def plant(
+    f: Callable[..., Any],
+    *,
+    tag: Hashable,
+    allowlist: Collection[Hashable] | None = None,
+    blocklist: Collection[Hashable] = (),
+    exclusive: bool = False,
+) -> Callable[..., Any]:
+    """Makes of `f` one that takes values for what is sown in it: `(plants, *args, **kwargs) -> out`.
+
+    Arguments and errors are those of `harvest`. What is not planted goes on to the harvests around.
+    """
+    planting = _harvest(f, Listener.of(tag, allowlist, blocklist, exclusive), reaps=False)
+
+    @functools.wraps(f, updated=())
+    def planted(plants: Mapping[Hashable, Any], /, *args: Any, **kwargs: Any) -> Any:
+        return planting(plants, *args, **kwargs)[0]
+
+    return planted

@@ -97,7 +97,7 @@ def test_two_tags_nest():
 
 
 def test_a_name_sown_twice():
-    with pytest.raises(ReapError, match="'sine' was saved or sown more than once"):
+    with pytest.raises(ReapError, match="Variable has already been reaped: sine"):
         call_and_reap(lambda x: tagged(tagged(x)), tag="t")(X)
 
 

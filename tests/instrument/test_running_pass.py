@@ -195,7 +195,7 @@ def test_custom_derivative_rules_hold_around_and_inside_a_pass(kind, where, wrap
     close(saved["out"], np.sin(X))
 
 
-def test_sites_inside_shard_map_are_seen_and_edited_and_a_save_there_is_refused():
+def test_sites_inside_shard_map_are_seen_edited_and_saved():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(
         lambda x: ij.site(x, "inner") * 2, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
@@ -204,10 +204,10 @@ def test_sites_inside_shard_map_are_seen_and_edited_and_a_save_there_is_refused(
         running.modified_value = value + 1
         del value
     close(running.retval, (X + 1) * 2)
-    with pytest.raises(ij.ReapError, match="save"):
-        for _, _, value in (running := ij.iterate(sharded)(jnp.asarray(X))):
-            running.save("x", value)
-            del value
+    for _, _, value in (running := ij.iterate(sharded)(jnp.asarray(X))):
+        running.save("x", value)
+        del value
+    close(running.saved["x"], X[None])  # stacked over the mesh axis
 
 
 # Caches
@@ -516,33 +516,6 @@ def test_things_asked_for_at_the_wrong_time():
 
 
 def test_saving_one_name_twice():
-    with pytest.raises(ij.ReapError, match="'x' was saved or sown more than once"):
+    with pytest.raises(ij.ReapError, match="'x' was saved more than once"):
         for _, _, value in (running := ij.iterate(model, sites="mlp_out")(X)):
             running.save("x", value)
-
-
-@pytest.mark.parametrize("inside", ["scan", "cond", "while", "custom_jvp", "custom_vjp"])
-def test_a_save_that_cannot_leave_is_refused_and_never_lost(inside):
-    def body(x):
-        return ij.site(jnp.tanh(x), "inner")
-
-    def custom(kind, x):
-        function = kind(body)
-        if kind is jax.custom_jvp:
-            function.defjvp(lambda primals, tangents: (body(*primals), tangents[0]))
-        else:
-            function.defvjp(lambda x: (body(x), None), lambda _, g: (g,))
-        return function(x)
-
-    programs = {
-        "scan": lambda x: jax.lax.scan(lambda carry, _: (body(carry), None), x, length=2)[0],
-        "cond": lambda x: jax.lax.cond(x.sum() > 0, body, body, x),
-        "while": lambda x: jax.lax.while_loop(lambda x: x.sum() > 100, body, x),
-        "custom_jvp": lambda x: jax.jit(functools.partial(custom, jax.custom_jvp))(x),
-        "custom_vjp": lambda x: jax.jit(functools.partial(custom, jax.custom_vjp))(x),
-    }
-    with pytest.raises(ij.ReapError, match="save"):
-        names = iter("abcdef")
-        for _, _, value in (running := ij.iterate(programs[inside])(jnp.asarray(X))):
-            running.save(next(names), value)
-            del value
