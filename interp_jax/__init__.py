@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from interp_jax.instrument import SiteTable as SiteTable
     from interp_jax.instrument import SiteValues as SiteValues
     from interp_jax.instrument import fetch as fetch
+    from interp_jax.instrument import gradients as gradients
     from interp_jax.instrument import inject as inject
     from interp_jax.instrument import iterate as iterate
+    from interp_jax.instrument import layer_scan as layer_scan
     from interp_jax.instrument import list_sites as list_sites
     from interp_jax.instrument import module_sites as module_sites
     from interp_jax.instrument import site as site
@@ -33,8 +35,10 @@ _HOME = {
     "SiteTable": "interp_jax.instrument",
     "SiteValues": "interp_jax.instrument",
     "fetch": "interp_jax.instrument",
+    "gradients": "interp_jax.instrument",
     "inject": "interp_jax.instrument",
     "iterate": "interp_jax.instrument",
+    "layer_scan": "interp_jax.instrument",
     "list_sites": "interp_jax.instrument",
     "load": "interp_jax.models.known",
     "module_sites": "interp_jax.instrument",

@@ -2,10 +2,12 @@
 
 from interp_jax.instrument.fetch import SiteValues as SiteValues
 from interp_jax.instrument.fetch import fetch as fetch
+from interp_jax.instrument.gradients import gradients as gradients
 from interp_jax.instrument.harvest import ReapError as ReapError
 from interp_jax.instrument.harvest import call_and_reap as call_and_reap
 from interp_jax.instrument.harvest import sow as sow
 from interp_jax.instrument.inject import inject as inject
+from interp_jax.instrument.layer_scan import layer_scan as layer_scan
 from interp_jax.instrument.list_sites import SiteInfo as SiteInfo
 from interp_jax.instrument.list_sites import SiteTable as SiteTable
 from interp_jax.instrument.list_sites import list_sites as list_sites

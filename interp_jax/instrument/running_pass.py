@@ -14,8 +14,8 @@ running.retval, running.saved
 ```
 
 Who holds what. `fn` runs in the body of a `GreenletGenerator` that the `for` statement alone holds, so `break` unwinds
-it at once. What body and user share is a `_State`, which refers to neither. It keeps no value while the model runs on,
-only shapes and types: a value of an inner trace that outlived it would be a leak.
+it at once. What body and user share is a `PassState`, which refers to neither. It keeps no value while the model runs
+on, only shapes and types: a value of an inner trace that outlived it would be a leak.
 
 What bites:
 
@@ -29,8 +29,9 @@ import contextlib
 import contextvars
 import difflib
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.core
@@ -64,13 +65,13 @@ class _Unset:
 _UNSET = _Unset()
 
 
-class _State:
+class PassState:
     """What the forward pass and its loop share. Refers to neither the generator nor a value that is in flight."""
 
     def __init__(self, sites: frozenset[str] | None, layers: frozenset[int | None] | None):
         self.sites = sites
         self.layers = layers
-        self.outer: _State | None = None
+        self.outer: PassState | None = None
         self.yield_: Callable[[Activation], None] | None = None
         self.token = trace_context.CacheToken()
         self.tag = object()  # JAX's caches keep a sow's tag: it must not lead to what was saved
@@ -88,14 +89,35 @@ class _State:
     def wants(self, layer: int | None, name: str) -> bool:
         return (self.sites is None or name in self.sites) and (self.layers is None or layer in self.layers)
 
-    def chain(self) -> Iterator["_State"]:
-        state: _State | None = self
+    def visit(self, value: Any, name: str, layer: int | None) -> Any:
+        """Shows a site to the loop, and gives the value to carry on with."""
+        self.at = in_words(layer, name)
+        self.expected = jax.tree.map(_shape_and_type, value)
+        self.modified = _UNSET
+        assert self.yield_ is not None
+        try:
+            self.yield_(Activation(layer, name, value))
+            if self.modified is _UNSET:
+                return value
+            if trace_context.current_trace() is not self.top:
+                harvest.mark_edit()
+            return self.modified
+        finally:
+            self.at, self.expected, self.modified = None, None, _UNSET
+
+    def save(self, name: Any, value: Any) -> None:
+        """Carries a value of the current trace out of the pass."""
+        harvest.sow_value(value, tag=self.tag, name=name, mode="save")
+        self.save_names[name] = None
+
+    def chain(self) -> Iterator["PassState"]:
+        state: PassState | None = self
         while state is not None:
             yield state
             state = state.outer
 
 
-_innermost: contextvars.ContextVar[_State | None] = contextvars.ContextVar("innermost running pass", default=None)
+_innermost: contextvars.ContextVar[PassState | None] = contextvars.ContextVar("innermost running pass", default=None)
 
 
 def site(value: Any, name: str, *, layer: int | None = None) -> Any:
@@ -115,27 +137,69 @@ def site(value: Any, name: str, *, layer: int | None = None) -> Any:
         return value
     if innermost.is_nested or trace_context.current_trace() is not innermost.top:
         innermost.token.spoil()
-    for state in innermost.chain():
+    if harvest.is_silent():
+        return value
+    surrounding = surroundings.get()
+    if surrounding is None:
+        return show(innermost.chain(), value, name, layer)
+    # A pass that was started in the body of a layer scan sees its own sites first; the others belong to the scan.
+    inner = list(itertools.takewhile(lambda state: state is not surrounding.state, innermost.chain()))
+    if any(state.wants(layer, name) for state in inner):
+        return show(inner, value, name, layer)
+    return surrounding.visit(value, name, layer)
+
+
+def show(states: Iterable[PassState], value: Any, name: str, layer: int | None) -> Any:
+    """Shows a site to the first of the passes that wants it, and gives the value to carry on with."""
+    states = list(states)
+    for state in states:
         state.seen[layer, name] = None
-    for state in innermost.chain():
+    for state in states:
         if state.wants(layer, name):
-            return _visit(state, value, name, layer)
+            return state.visit(value, name, layer)
     return value
 
 
-def _visit(state: _State, value: Any, name: str, layer: int | None) -> Any:
-    state.at = _in_words(layer, name)
-    state.expected = jax.tree.map(_shape_and_type, value)
-    state.modified = _UNSET
-    assert state.yield_ is not None
-    try:
-        state.yield_(Activation(layer, name, value))
-        return value if state.modified is _UNSET else state.modified
-    finally:
-        state.at, state.expected, state.modified = None, None, _UNSET
+class Surroundings(Protocol):
+    """What runs the model's code piece by piece and answers for the sites in it: the body of a layer scan."""
+
+    @property
+    def state(self) -> PassState:
+        """The innermost pass whose sites these are."""
+        ...
+
+    def visit(self, value: Any, name: str, layer: int | None) -> Any:
+        """What a site does here."""
+        ...
 
 
-def _in_words(layer: int | None, name: str) -> str:
+surroundings: contextvars.ContextVar[Surroundings | None] = contextvars.ContextVar("surroundings", default=None)
+
+
+def innermost_pass() -> PassState | None:
+    """The pass that the code here runs under."""
+    return _innermost.get()
+
+
+def unheard(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes of a function one whose sites no pass sees: for code that traces a model for its shapes, say."""
+
+    @functools.wraps(fn, updated=())
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        innermost = _innermost.get()
+        if innermost is None:
+            return fn(*args, **kwargs)
+        reset = _innermost.set(None)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            _innermost.reset(reset)
+            innermost.token.spoil()  # functions in it were traced without their sites
+
+    return quiet
+
+
+def in_words(layer: int | None, name: str) -> str:
     return f"site {name!r}" if layer is None else f"site {name!r} of layer {layer}"
 
 
@@ -147,7 +211,7 @@ def _shape_and_type(leaf: Any) -> jax.ShapeDtypeStruct:
 class RunningPass:
     """One forward pass, to be looped over once; made by `iterate`."""
 
-    def __init__(self, state: _State, run: Callable[[], Any]):
+    def __init__(self, state: PassState, run: Callable[[], Any]):
         self._state = state
         self._run: Callable[[], Any] | None = run
 
@@ -157,7 +221,6 @@ class RunningPass:
         if run is None:
             raise RuntimeError("a running pass is looped over once: call ij.iterate(fn)(*args) again for another pass")
         state = self._state
-        state.outer = _innermost.get()
         generator = greenlets.GreenletGenerator(_body, state, run)
         state.yield_ = generator.yielder()
         return generator
@@ -190,8 +253,7 @@ class RunningPass:
         """
         if self._state.phase != "running":
             raise RuntimeError("save is called inside the loop over the running pass")
-        harvest.sow_value(value, tag=self._state.tag, name=name)
-        self._state.save_names[name] = None
+        self._state.save(name, value)
 
     @property
     def retval(self) -> Any:
@@ -255,19 +317,30 @@ def _remedy(got: jax.ShapeDtypeStruct, wanted: jax.ShapeDtypeStruct) -> str:
     return "; use jnp.broadcast_to if one value is meant for all" if got.size <= 1 else ""
 
 
-def _body(state: _State, run: Callable[[], Any]) -> None:
-    """The forward pass, run in the generator's greenlet with its own context variables."""
-    _innermost.set(state)
-    state.phase = "running"
-    if state.outer is not None:
-        state.is_nested = state.outer.is_nested or trace_context.current_trace() is not state.outer.top
+@contextlib.contextmanager
+def standing(state: PassState) -> Iterator[None]:
+    """Makes `state` the innermost pass in the block, and the trace that is current here the pass's own."""
+    state.outer = outer = _innermost.get()
+    state.is_nested = outer is not None and (outer.is_nested or trace_context.current_trace() is not outer.top)
+    reset = _innermost.set(state)
     try:
-        with state.token, harvest.reaping(state.tag) as reaper:
+        with state.token:
+            state.top = trace_context.current_trace()
+            yield
+    finally:
+        state.top = None
+        _innermost.reset(reset)
+
+
+def _body(state: PassState, run: Callable[[], Any]) -> None:
+    """The forward pass, run in the generator's greenlet with its own context variables."""
+    state.phase = "running"
+    try:
+        with standing(state), harvest.reaping(state.tag) as reaper:
             state.top = reaper
             try:
                 retval = run()
             finally:
-                state.top = None
                 # Also on the way out of an error or a break: what was sown at the top level is whole.
                 state.saved = reaper.take()
         lost = [name for name in state.save_names if name not in state.saved]
@@ -277,7 +350,7 @@ def _body(state: _State, run: Callable[[], Any]) -> None:
                 "checkpoint and vmap, not yet custom derivatives or shard_map. Run the pass inside that "
                 "function, or save at a site outside it"
             )
-        _check_filters(state)
+        check_filters(state)
         state.retval = retval
         state.phase = "finished"
     finally:
@@ -285,7 +358,7 @@ def _body(state: _State, run: Callable[[], Any]) -> None:
             state.phase = "stopped"
 
 
-def _check_filters(state: _State) -> None:
+def check_filters(state: PassState) -> None:
     """Raises if a name or layer that was asked for never occurred: a typo would else look like 'nothing there'."""
     if state.sites is None and state.layers is None:
         return
@@ -371,7 +444,7 @@ def iterate(
     # `fn` may be a module, which has no __name__ to copy.
     @functools.wraps(fn, updated=())
     def start(*args: Any, **kwargs: Any) -> RunningPass:
-        return RunningPass(_State(site_filter, layer_filter), lambda: fn(*args, **kwargs))
+        return RunningPass(PassState(site_filter, layer_filter), lambda: fn(*args, **kwargs))
 
     with contextlib.suppress(AttributeError):
         del start.__wrapped__  # the signatures differ in what they return
