@@ -37,7 +37,7 @@ import jax
 import jax.core
 
 from interp_jax import greenlets
-from interp_jax.instrument import harvest, trace_context
+from interp_jax.instrument import harvest, loop_value, trace_context
 
 __all__ = ["Activation", "RunningPass", "SiteError", "iterate", "site"]
 
@@ -77,6 +77,7 @@ class PassState:
         self.tag = object()  # JAX's caches keep a sow's tag: it must not lead to what was saved
         self.top: jax.core.Trace | None = None
         self.is_nested = False  # the pass itself stands in a nested trace of the pass around it
+        self.values = loop_value.LoopValues()
         self.seen: dict[tuple[int | None, str], None] = {}
         self.at: str | None = None  # the site that waits, in words
         self.expected: Any = None  # its value's tree of jax.ShapeDtypeStruct
@@ -96,12 +97,13 @@ class PassState:
         self.modified = _UNSET
         assert self.yield_ is not None
         try:
-            self.yield_(Activation(layer, name, value))
+            with self.values.shown(value, self.at, self.top) as shown:
+                self.yield_(Activation(layer, name, shown))
             if self.modified is _UNSET:
                 return value
             if trace_context.current_trace() is not self.top:
                 harvest.mark_edit()
-            return self.modified
+            return loop_value.unboxed(self.modified)
         finally:
             self.at, self.expected, self.modified = None, None, _UNSET
 
