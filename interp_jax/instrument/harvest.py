@@ -74,6 +74,7 @@ class Harvester(jax.core.Trace):
 
     def __init__(self, parent: jax.core.Trace, level: carry.Level):
         super().__init__()
+        trace_context.pass_for(self, parent)
         self.parent = parent
         self.level: carry.Level | None = level
 
@@ -82,13 +83,6 @@ class Harvester(jax.core.Trace):
         level, self.level = self.level, None
         assert level is not None
         return {path[-1]: value for path, value in level.values().items()}
-
-    # Flax NNX asks whether a module was made in the trace that is current now. For that, this one is its parent.
-    def __eq__(self, other: object) -> bool:
-        return self is other or self.parent == other
-
-    def __hash__(self) -> int:
-        return hash(self.parent)
 
     def stage_value(self, val: Any) -> Any:
         return self.parent.stage_value(val)

@@ -77,3 +77,13 @@ def entered(trace: jax.core.Trace) -> Iterator[None]:
     """Makes `trace` the current one in the block."""
     with set_current_trace(trace):
         yield
+
+
+def pass_for(trace: jax.core.Trace, other: jax.core.Trace) -> None:
+    """Gives `trace` the identity of `other` in the eyes of `jax.extend.core.get_opaque_trace_state`.
+
+    Flax NNX compares it before it lets a module be changed: under a trace of ours every module that was made before the
+    pass would be foreign, and every one that was changed in it, after. JAX has no public way to say that two traces are
+    one, so this sets the attribute that the state is made of.
+    """
+    trace._weakref = other._weakref  # pyright: ignore[reportAttributeAccessIssue]
