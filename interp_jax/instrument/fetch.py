@@ -50,6 +50,7 @@ def fetch(
     def fetching(*args: Any, **kwargs: Any) -> tuple[Any, SiteValues]:
         for layer, name, value in (running := start(*args, **kwargs)):
             running.save((layer, name), value)
+            del value  # where the site stands in an inner function, it must not outlive that
         return running.retval, SiteValues(running.saved)
 
     return fetching

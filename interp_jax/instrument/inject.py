@@ -35,6 +35,7 @@ def inject(fn: Callable[..., Any]) -> Callable[..., Any]:
             if (layer, name) in values:
                 running.modified_value = _injected(value, values[layer, name])
                 left.pop((layer, name), None)
+            del value  # where the site stands in an inner function, it must not outlive that
         if left:
             missing = ", ".join(f"({layer}, {name!r})" for layer, name in left)
             raise running_pass.SiteError(f"no site is {missing}: the name and the layer exist, but not together")

@@ -36,9 +36,10 @@ from typing import Any, TypeVar
 import greenlet
 import jax
 import jax.core
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import primitives as jex_primitives
 
 from interp_jax.instrument import harvest, running_pass, trace_context
 from interp_jax.instrument.gradients import GradientPass
@@ -86,7 +87,7 @@ def layer_scan(
     """
     call = _Call(body, init, xs, length, reverse, unroll, _split_transpose, first_layer)
     state = running_pass.innermost_pass()
-    if state is None:
+    if state is None or harvest.is_silent():
         return call.scan(body)
     surrounding = running_pass.surroundings.get()
     if surrounding is None or (surrounding.state is not state and isinstance(surrounding, _Eager)):
@@ -132,27 +133,37 @@ class _Call:
         numbers = jnp.arange(self.length, dtype=jnp.int32)
         return self.scan(lambda carry, x: body(carry, x[1], x[0]), self.init, (numbers, self.xs))
 
-    def scan_part(self, body: Callable[[Any, Any, Any], tuple[Any, Any]], init: Any, part: range) -> tuple[Any, Any]:
-        """`scan_numbered` over some of the iterations, which picks the layers out of the whole stack."""
+    def scan_part(
+        self,
+        body: Callable[[Any, Any, Any], tuple[Any, Any]],
+        init: Any,
+        part: range,
+        policies: Sequence[Callable[..., Any] | None],
+    ) -> tuple[Any, Any]:
+        """`scan_numbered` over some of the iterations, which picks the layers out of the whole stack.
 
-        # What was picked must not be kept for the backward pass: it would be a copy of the weights.
-        @functools.partial(jax.checkpoint, prevent_cse=False, policy=_keep_all_but_the_picked)
+        `policies` are those of the body's own checkpoints: a policy around a checkpoint overrules the one inside.
+        """
+
+        given = [policy or jax.checkpoint_policies.nothing_saveable for policy in policies]
+        stacks = {jnp.shape(leaf) for leaf in jax.tree.leaves(self.xs)}
+
+        def keeps(primitive: Any, *avals: Any, **params: Any) -> bool:
+            """What is kept for the backward pass: all but the picked layer, which would be a copy of the weights."""
+            shape = avals[0].shape if avals else ()
+            is_slice = primitive.name == "dynamic_slice" and shape in stacks and params["slice_sizes"][0] == 1
+            is_layer = primitive.name == "squeeze" and any(shape == (1, *stack[1:]) for stack in stacks)
+            return not (is_slice or is_layer) and all(policy(primitive, *avals, **params) for policy in given)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False, policy=keeps)
         def picking(carry: Any, number: Any) -> tuple[Any, Any]:
-            x = jax.tree.map(lambda leaf: _pick(leaf, number), self.xs)
+            x = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), self.xs)
             return body(carry, x, number)
 
         numbers = jnp.arange(min(part), max(part) + 1, dtype=jnp.int32)
         return jax.lax.scan(
             picking, init, numbers, None, self.reverse, self.unroll, _split_transpose=self.split_transpose
         )
-
-
-def _pick(stacked: Any, number: Any) -> Any:
-    return checkpoint_name(jax.lax.dynamic_index_in_dim(stacked, number, keepdims=False), _PICKED)
-
-
-_PICKED = "a layer picked by layer_scan"
-_keep_all_but_the_picked = jax.checkpoint_policies.save_anything_except_these_names(_PICKED)
 
 
 @contextlib.contextmanager
@@ -171,13 +182,22 @@ def _outermost(call: _Call, state: PassState, offset: int) -> tuple[Any, Any]:
     if is_eager and not has_filters:
         return _run_eagerly(call, state, offset)
     program = Body(call.length, call.first_layer, call.reverse, False)
-    jax.eval_shape(lambda init, xs: call.scan(_noting(call, state, program), init, xs), call.init, call.xs)
+    traced = jax.make_jaxpr(lambda init, xs: call.scan(_noting(call, state, program), init, xs))(call.init, call.xs)
     wanted = list(_wanted(program, state, offset))
     if not wanted:
         return call.scan(_in(call, _Silent(state)))
     if is_eager:
         return _run_eagerly(call, state, offset)
-    return _run_compiled(call, state, program, wanted, offset)
+    return _run_compiled(call, state, program, wanted, offset, list(_policies(traced.jaxpr)))
+
+
+def _policies(jaxpr: Any) -> Iterator[Callable[..., Any] | None]:
+    """The policies of the checkpoints in a jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is jex_primitives.remat_p:
+            yield eqn.params["policy"]
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from _policies(inner)
 
 
 def _is_eager() -> bool:
@@ -307,7 +327,12 @@ def _noting(call: _Call, state: PassState, program: Body) -> Callable[[Any, Any]
 
 
 def _run_compiled(
-    call: _Call, state: PassState, program: Body, wanted: Sequence[tuple[Occurrence, PassState]], offset: int
+    call: _Call,
+    state: PassState,
+    program: Body,
+    wanted: Sequence[tuple[Occurrence, PassState]],
+    offset: int,
+    policies: Sequence[Callable[..., Any] | None],
 ) -> tuple[Any, Any]:
     taps = [(occurrence, one) for occurrence, one in wanted if isinstance(one, GradientPass)]
     for occurrence, one in taps:
@@ -329,7 +354,9 @@ def _run_compiled(
             return _assemble(call, _Assembly(state, plan, program, offset + number, {}), carry, x)
 
         with plan.collecting() as collected:
-            carry, y = call.scan_numbered(body) if len(part) == call.length else call.scan_part(body, carry, part)
+            carry, y = (
+                call.scan_numbered(body) if len(part) == call.length else call.scan_part(body, carry, part, policies)
+            )
         ys.append(y)
         plan.hand_out(collected)
     if rehearsal.left:
@@ -444,7 +471,10 @@ class _Plan:
             modified = self._run(next(iter(fragments.values())), point, needed, None)
         else:
             modified = self._switch(fragments, point, index(), leaves, needed)
-        return value if modified is None else jax.tree.unflatten(tree, modified)
+        if modified is None:
+            return value
+        harvest.mark_edit()
+        return jax.tree.unflatten(tree, modified)
 
     def tap(self, point: Point, index: Callable[[], Any], value: Any) -> Any:
         """Taps a point for every pass that wants its gradient."""
@@ -551,31 +581,36 @@ def _looked_up(numbers: dict[int, int], indices: Sequence[int], index: Any, defa
 class _Assembly:
     """A body as the compiled scan will run it."""
 
-    def __init__(self, state: PassState, plan: _Plan, program: Body, index: Any, values: dict[Point, list[Any]]):
+    def __init__(self, state: PassState, plan: _Plan, program: Body, index: Any, values: dict[Point, Any]):
         self.state = state
         self.plan = plan
         self.program = program
         self.items = iter(program.items)
         self.index = index
         self.top: jax.core.Trace | None = None
-        self.values = values  # of the sites before, for those after; also of the iterations around this one
+        # Of the sites before, for those after, with the trace they stand in; also of the iterations around this one.
+        self.values = values
 
     def visit(self, value: Any, name: str, layer: int | None) -> Any:
         point = next(self.items, None)
         if not isinstance(point, Point) or point.name != name:
             raise _changed(f"site {name!r}", point)
-        try:
-            new = self.plan.apply(point, self.index_here, value, self.values.__getitem__)
-        except jax.errors.UnexpectedTracerError as error:
-            raise SiteError(
-                f"at site {name!r} the loop uses the value of an earlier site of the layer that stands in another "
-                "function (under jit or checkpoint), which has returned: change it at the earlier site, or save it"
-            ) from error
+        new = self.plan.apply(point, self.index_here, value, lambda other: self._value(other, name))
         last_use = self.plan.last_use
-        self.values = {other: leaves for other, leaves in self.values.items() if last_use[other] is not point}
+        self.values = {other: kept for other, kept in self.values.items() if last_use[other] is not point}
         if point in last_use:
-            self.values[point] = jax.tree.leaves(value)
+            self.values[point] = (trace_context.current_trace(), jax.tree.leaves(value))
         return self.plan.tap(point, self.index_here, new)
+
+    def _value(self, point: Point, name: str) -> list[Any]:
+        """The value of an earlier site, for the site of this name."""
+        trace, leaves = self.values[point]
+        if not _stands_in(trace_context.current_trace(), trace):
+            raise SiteError(
+                f"at site {name!r} the loop uses the value of site {point.name!r}, which stands in another function "
+                "(under jit or checkpoint) that has returned: change the value at the earlier site, or save it"
+            )
+        return leaves
 
     def index_here(self) -> Any:
         """The index as a value of the current trace.
@@ -597,6 +632,15 @@ class _Assembly:
             return _assemble(call, _Assembly(self.state, self.plan, program, index, dict(self.values)), carry, x)
 
         return call.scan_numbered(body)
+
+
+def _stands_in(here: Any, trace: Any) -> bool:
+    """Whether a trace is this one, or around it."""
+    while here is not None:
+        if here is trace:
+            return True
+        here = getattr(here, "parent", None) or getattr(here, "parent_trace", None)
+    return False
 
 
 def _assemble(call: _Call, assembly: _Assembly, carry: Any, x: Any) -> tuple[Any, Any]:

@@ -38,6 +38,7 @@ import jax.core
 
 from interp_jax import greenlets
 from interp_jax.instrument import harvest, loop_value, trace_context
+from interp_jax.instrument.sow import silence
 
 __all__ = ["Activation", "RunningPass", "SiteError", "iterate", "site"]
 
@@ -188,15 +189,8 @@ def unheard(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn, updated=())
     def quiet(*args: Any, **kwargs: Any) -> Any:
-        innermost = _innermost.get()
-        if innermost is None:
+        with silence():
             return fn(*args, **kwargs)
-        reset = _innermost.set(None)
-        try:
-            return fn(*args, **kwargs)
-        finally:
-            _innermost.reset(reset)
-            innermost.token.spoil()  # functions in it were traced without their sites
 
     return quiet
 

@@ -77,3 +77,99 @@ def test_outside_jit(model):
     _, expected = by_zeros()
     _, gradients = ij.gradients(model, sites="resid_post", layers=(0, 3))(X, W)
     close(list(gradients.values()), [expected[0, "resid_post"], expected[3, "resid_post"]])
+
+
+def test_together_with_edits_from_a_pass_inside():
+    def steered(fn, x, w):
+        for layer, _, value in (running := ij.iterate(fn, sites="mlp_out", layers=(0, 2))(x, w)):
+            running.modified_value = value * (2.0 + layer)
+            del value
+        return running.retval
+
+    expected = ij.gradients(functools.partial(steered, unrolled), "resid_post", (1, 3))(X, W)
+    actual = jax.jit(ij.gradients(functools.partial(steered, scanned), "resid_post", (1, 3)))(X, W)
+    close(actual[0], expected[0])
+    close(list(actual[1].values()), list(expected[1].values()))
+
+
+@models
+def test_a_model_that_differentiates_itself(model):
+    def penalty(x, w):
+        return (jax.grad(model)(x, w) ** 2).sum()
+
+    keys = [(layer, "resid_post") for layer in range(LAYERS)]
+
+    def by_zeros_of_penalty(zeros):
+        def edited(value, name, layer=None):
+            return value + zeros[layer] if name == "resid_post" else value
+
+        return (jax.grad(lambda x: unrolled(x, W, site=edited))(X) ** 2).sum()
+
+    expected = jax.jit(jax.grad(by_zeros_of_penalty))([jnp.zeros_like(X)] * LAYERS)
+    _, gradients = jax.jit(ij.gradients(penalty, "resid_post"))(jnp.asarray(X), W)
+    assert list(gradients) == keys
+    close(list(gradients.values()), expected)
+
+
+@models
+def test_gradients_are_differentiated_and_vmapped(model):
+    def objective(x):
+        _, gradients = ij.gradients(lambda x: model(x, W), "resid_post", 1)(x)
+        return (gradients[1, "resid_post"] ** 2).sum()
+
+    def by_zero(x):
+        def edited(zero, value, name, layer=None):
+            return value + zero if (layer, name) == (1, "resid_post") else value
+
+        gradient = jax.grad(lambda zero: unrolled(x, W, site=functools.partial(edited, zero)))(jnp.zeros_like(x))
+        return (gradient**2).sum()
+
+    batch = jnp.stack([jnp.asarray(X), X * 0.5])
+    expected = jax.jit(jax.vmap(jax.value_and_grad(by_zero)))(batch)
+    close(jax.jit(jax.vmap(jax.value_and_grad(objective)))(batch), expected)
+
+
+def test_in_a_bare_scan_the_gradients_are_stacked_over_the_iterations():
+    def bare(x, w):
+        x, _ = jax.lax.scan(lambda x, w: (block(x, w, ij.site), None), x, w)
+        return (x**3).sum()
+
+    def zeros(zeros):
+        x, _ = jax.lax.scan(
+            lambda x, each: (block(x, each[0], lambda v, name: v + each[1] * (name == "mlp_out")), None), X, (W, zeros)
+        )
+        return (x**3).sum()
+
+    _, gradients = ij.gradients(bare, "mlp_out")(X, W)
+    close(gradients[None, "mlp_out"], jax.jit(jax.grad(zeros))(jnp.zeros((LAYERS, *X.shape))))
+
+
+def test_what_the_objective_does_not_depend_on_has_gradient_zero():
+    def first_only(x, w):
+        values = ij.fetch(scanned, "resid_post", 1)(x, w)[1]
+        return values[1, "resid_post"].sum()
+
+    _, gradients = ij.gradients(first_only, "mlp_out")(X, W)
+    assert [bool(gradient.any()) for gradient in gradients.values()] == [True, True, False, False]
+
+
+def test_an_objective_of_what_the_function_returns():
+    def forward(x, w):
+        return {"out": scanned(x, w), "other": x.sum()}
+
+    out, gradients = ij.gradients(forward, "mlp_out", 2, objective=lambda out: out["out"] * 2)(X, W)
+    assert set(out) == {"out", "other"}
+    close(gradients[2, "mlp_out"], 2 * by_zeros()[1][2, "mlp_out"])
+    with pytest.raises(TypeError, match="objective="):
+        ij.gradients(forward, "mlp_out", 2, objective=lambda out: out["out"][None])(X, W)
+
+
+def test_mistakes():
+    with pytest.raises(ij.SiteError, match="did you mean 'mlp_out'"):
+        ij.gradients(scanned, "mlp_uot")(X, W)
+    with pytest.raises(ij.SiteError, match="int32"):
+        ij.gradients(lambda tokens: ij.site(tokens, "tokens").sum() * 1.0)(jnp.arange(3))
+    with pytest.raises(ij.ReapError, match="more than once"):
+        ij.gradients(lambda x, w: unrolled(x, w) + unrolled(x * 2, w), "mlp_out")(X, W)
+    with pytest.raises(ij.ReapError, match="first_layer"):
+        ij.gradients(lambda x, w: scanned(x, w) + scanned(x * 2, w), "mlp_out")(X, W)

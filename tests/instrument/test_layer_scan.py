@@ -215,3 +215,317 @@ def test_the_order_of_the_loop_and_of_what_is_saved(reverse, compiled):
     expected = [(layer, name) for layer in layers for name in NAMES]
     assert seen == [*expected, (None, "logits")]
     assert saved == expected
+
+
+# Nested scans
+
+
+def nested(x, w):
+    """Two layers in each of three groups, and a site of the group."""
+
+    def group(x, w):
+        x = ij.site(x, "group_in")
+        x, _ = ij.layer_scan(lambda x, w: (block(x, w, ij.site), None), x, w)
+        return ij.site(x * 0.5, "group_out"), None
+
+    return ij.layer_scan(group, x, w)[0].sum(-1)
+
+
+def nested_by_hand(x, w):
+    for group in range(len(w)):
+        x = ij.site(x, "group_in", layer=group)
+        for inner in range(len(w[group])):
+            layer = group * len(w[group]) + inner
+            x = block(x, w[group, inner], functools.partial(ij.site, layer=layer))
+        x = ij.site(x * 0.5, "group_out", layer=group)
+    return x.sum(-1)
+
+
+def in_groups(fn, x, w):
+    order = []
+    for layer, name, value in (running := ij.iterate(fn)(x, w)):
+        order.append((layer, name))
+        if name == "mlp_out":
+            running.save(f"out/{layer}", value)
+        if layer == 1 and name in ("group_out", "resid_pre"):
+            running.save(f"{name}/{layer}", value)
+            running.modified_value = value + 1
+        if layer == 4 and name == "resid_post":
+            running.modified_value = value * 2
+        del value
+    return running.retval, running.saved, order
+
+
+@arounds
+def test_nested_scans_count_the_layers_through(around):
+    w = W[:1].repeat(6, 0).reshape(3, 2, 4, 4) * np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(3, 2, 1, 1)
+    orders = []
+
+    def run(x, w, fn):
+        out, saved, order = in_groups(fn, x, w)
+        orders.append(order)
+        return out, saved
+
+    close(around(functools.partial(run, fn=nested))(X, w), jax.jit(functools.partial(run, fn=nested_by_hand))(X, w))
+    assert orders[0] == orders[1]
+
+
+def test_a_layer_scan_in_a_scan_over_steps_saves_for_every_step():
+    def steps(fn):
+        return lambda x, w: jax.lax.scan(lambda x, _: (x * 0.5, fn(x, w)[0]), x, None, length=3)
+
+    def run(fn, x, w):
+        for layer, name, value in (running := ij.iterate(steps(fn), sites="mlp_out")(x, w)):
+            running.save(layer, value.sum(-1))
+            del value, name
+        return running.retval, running.saved
+
+    expected = run(by_hand, X, W)
+    assert expected[1][2].shape == (3, 2)
+    close(run(model, X, W), expected)
+
+
+def test_layers_before_the_scan():
+    def mixed(x, w):
+        x = block(x, w[0], functools.partial(ij.site, layer=0))
+        x, _ = ij.layer_scan(lambda x, w: (block(x, w, ij.site), None), x, w[1:], first_layer=1)
+        return x.sum(-1), None
+
+    expected = jax.jit(functools.partial(modify, lambda x, w: (by_hand(x, w)[0], None)))(X, W)
+    table = ij.list_sites(mixed)(X, W)
+    assert [(row.layer, row.name) for row in table] == [(layer, name) for layer in range(LAYERS) for name in NAMES]
+    close(jax.jit(functools.partial(modify, mixed))(X, W), expected)
+
+
+# The program
+
+
+def test_with_nothing_listening_it_is_the_plain_scan():
+    def plain(x, w):
+        def body(x, w):
+            x = block(x, w, lambda value, _: value)
+            return x, x.sum()
+
+        x, sums = jax.lax.scan(body, x, w)
+        return x.sum(-1), sums
+
+    assert str(jax.make_jaxpr(model)(X, W)) == str(jax.make_jaxpr(plain)(X, W))
+
+    # Where the pass wants something else, too.
+    def elsewhere(x, w):
+        for _ in (running := ij.iterate(model, sites="logits")(x, w)):
+            pass
+        return running.retval
+
+    assert str(jax.make_jaxpr(elsewhere)(X, W)) == str(jax.make_jaxpr(plain)(X, W))
+
+
+def steered(which, same=False):
+    def run(x, w):
+        for layer, _, value in (running := ij.iterate(model, sites="mlp_out", layers=which)(x, w)):
+            running.modified_value = value * (2.0 if same else 1.0 + layer)
+            del value
+        return running.retval
+
+    return jax.make_jaxpr(run)(X, W).jaxpr
+
+
+def test_one_scan_and_one_branch_for_each_thing_that_is_done():
+    for which, same, branches in (((1,), False, 2), ((1, 3), False, 3), ((1, 3), True, 2)):
+        jaxpr = steered(which, same)
+        assert len(equations(jaxpr, "scan")) == 1
+        (switch,) = equations(jaxpr, "cond")
+        assert len(switch.params["branches"]) == branches
+    jaxpr = steered(None, same=True)  # all layers alike: in line
+    assert len(equations(jaxpr, "scan")) == 1
+    assert equations(jaxpr, "cond") == []
+
+
+def test_the_body_is_traced_twice_whatever_the_number_of_layers():
+    traced = []
+
+    def counting(x, w):
+        def body(x, w):
+            traced.append(1)
+            return block(x, w, ij.site), None
+
+        return ij.layer_scan(body, x, w)[0], None
+
+    jax.make_jaxpr(functools.partial(modify, counting))(X, W)
+    assert len(traced) == 2
+
+
+def temporary_bytes(function, *shapes):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.caches
+def test_a_fetched_layer_costs_no_memory_but_its_own():
+    x, w = (256, 512), (12, 512, 512)
+    plain = temporary_bytes(lambda x, w: model(x, w)[0], x, w)
+    fetched = temporary_bytes(lambda x, w: ij.fetch(lambda x, w: model(x, w)[0], "mlp_out", 5)(x, w), x, w)
+    assert fetched <= 1.02 * plain + 1024
+
+
+@pytest.mark.caches
+@pytest.mark.parametrize("wrap", [WRAPS["plain"], WRAPS["checkpoint"]], ids=["plain", "checkpoint"])
+def test_a_gradient_keeps_no_weights_and_nothing_of_the_layers_before(wrap):
+    x, w = (256, 512), (12, 512, 512)
+    activation = 4 * 256 * 512
+
+    def scanned(x, w):
+        return model(x, w, wrap)[0].sum()
+
+    late, early = (temporary_bytes(ij.gradients(scanned, "resid_post", layer), x, w) for layer in (9, 3))
+    kept = 1 if wrap is WRAPS["checkpoint"] else 2  # activations a layer that is differentiated
+    assert early - late <= 6 * kept * activation * 1.05
+    assert late <= (3 * kept + 7) * activation
+
+
+# Leaving early
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_after_break_what_was_saved_before_is_there(compiled, reverse):
+    def run(x, w):
+        for layer, name, value in (running := ij.iterate(model)(x, w, reverse=reverse)):
+            if name == "mlp_out":
+                running.save(f"out/{layer}", value)
+            del value
+            if layer == 2 and name == "mlp_out":
+                break
+        with pytest.raises(RuntimeError, match="left before the end"):
+            _ = running.retval
+        return running.saved
+
+    def by_hand_saved(x, w):
+        return save(functools.partial(by_hand, reverse=reverse), x, w)[1]
+
+    saved = (jax.jit(run) if compiled else run)(X, W)
+    expected = jax.jit(by_hand_saved)(X, W)
+    layers = (4, 3, 2) if reverse else (0, 1, 2)
+    assert sorted(saved) == sorted(f"out/{layer}" for layer in layers)
+    close(saved, {name: expected[name]["value"] for name in saved})
+
+
+def test_an_error_in_the_loops_body_comes_out_with_its_frames():
+    def failing_loop(x, w):
+        for layer, _, value in ij.iterate(model)(x, w):
+            del value
+            if layer == 3:
+                raise KeyError("mine")
+
+    for around in (lambda function: function, jax.jit):
+        with pytest.raises(KeyError, match="mine") as error:
+            around(failing_loop)(X, W)
+        assert any(entry.name == "failing_loop" for entry in error.traceback)
+        assert not isinstance(jnp.ones(2) + 1, jax.core.Tracer)
+
+
+# Mistakes
+
+
+@pytest.mark.caches
+def test_a_value_of_one_layer_used_in_another():
+    def run(x, w):
+        for layer, name, value in (running := ij.iterate(model)(x, w)):
+            if name == "mlp_out" and layer == 1:
+                early = value
+            if name == "mlp_out" and layer == 3:
+                running.modified_value = early * 2
+        return running.retval
+
+    expected, _ = jax.jit(lambda x, w: run_by_hand_with_early(x, w))(X, W)
+    close(run(X, W)[0], expected)  # a Python loop: right
+    with pytest.raises(ij.SiteError, match=r"'mlp_out' of layer 1 at site 'mlp_out' of layer 3.*save"):
+        jax.jit(run)(X, W)
+
+
+def run_by_hand_with_early(x, w):
+    def replacing(value, name, layer=None):
+        if name == "mlp_out" and layer == 1:
+            kept.append(value)
+        return kept[0] * 2 if name == "mlp_out" and layer == 3 else value
+
+    kept = []
+    for layer in range(len(w)):
+        x = block(x, w[layer], functools.partial(replacing, layer=layer))
+    return x.sum(-1), None
+
+
+@pytest.mark.caches
+def test_a_value_of_an_inner_function_that_has_returned():
+    def two_functions(x, w):
+        def body(x, w):
+            x = jax.jit(lambda x: ij.site(x * 2, "inner"))(x)
+            return ij.site(x @ w, "outer"), None
+
+        return ij.layer_scan(body, x, w)[0]
+
+    def run(x, w):
+        for _, name, value in (running := ij.iterate(two_functions)(x, w)):
+            if name == "inner":
+                inner = value
+            else:
+                running.modified_value = value + inner
+        return running.retval
+
+    with pytest.raises(ij.SiteError, match="stands in another function"):
+        jax.jit(run)(X, W)
+
+
+def test_filters_know_every_layer():
+    for around in (lambda function: function, jax.jit):
+        with pytest.raises(ij.SiteError, match=r"layer 9.*\n.*\n  layers 0 to 4: resid_pre, mlp_out, resid_post"):
+            around(ij.fetch(model, "mlp_out", (1, 9)))(X, W)
+        with pytest.raises(ij.SiteError, match=r"did you mean 'mlp_out'"):
+            around(ij.fetch(model, "mlp_ou"))(X, W)
+
+
+def test_a_site_in_the_body_takes_no_layer():
+    def wrong(x, w):
+        return ij.layer_scan(lambda x, w: (ij.site(x, "resid_pre", layer=3), None), x, w)[0]
+
+    for around in (lambda function: function, jax.jit):
+        with pytest.raises(ij.SiteError, match="leave it out"):
+            around(ij.fetch(wrong))(X, W)
+
+
+@pytest.mark.parametrize("around", [lambda function: function, jax.jit], ids=["eager", "jit"])
+def test_a_carry_that_changes_its_type_is_jaxs_own_error_and_a_weak_one_is_promoted(around):
+    def promoted(x, w):
+        return ij.layer_scan(lambda total, w: (ij.site(total + w.sum(), "total"), None), 0.0, w)[0]
+
+    close(around(lambda x, w: ij.fetch(promoted, "total")(x, w)[0])(X, W), W.sum())
+
+    def changing(x, w):
+        return ij.layer_scan(lambda x, w: (ij.site(x.sum(), "total"), None), x, w)[0]
+
+    with pytest.raises(TypeError, match="carry"):
+        around(lambda x, w: ij.fetch(changing, "total")(x, w)[0])(X, W)
+
+
+# One-liners
+
+
+@arounds
+def test_fetch_and_inject(around):
+    out, values = around(ij.fetch(model, ("mlp_out", "logits")))(X, W)
+    assert list(values) == [*((layer, "mlp_out") for layer in range(LAYERS)), (None, "logits")]
+    close(out, jax.jit(by_hand)(X, W))
+    mask = np.array([[True], [False]])
+    given = {(3, "mlp_out"): values[1, "mlp_out"], (0, "resid_post"): (values[2, "mlp_out"], mask)}
+    actual = around(lambda x, w: ij.inject(model)(given, x, w))(X, W)
+    close(actual, jax.jit(lambda x, w: ij.inject(by_hand)(given, x, w))(X, W))
+
+
+@pytest.mark.caches
+def test_a_clean_call_is_the_same_to_the_bit_before_and_after():
+    clean = jax.jit(model)
+    before = jax.tree.map(np.asarray, clean(X, W))
+    once, again = (jax.jit(functools.partial(modify, clean))(X, W) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+    assert not np.allclose(once[0], before[0])
+    jax.tree.map(np.testing.assert_array_equal, clean(X, W), before)
