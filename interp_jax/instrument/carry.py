@@ -196,14 +196,12 @@ class Purpose:
     """Who listens around it."""
     notes_writes: bool = False
     """Whether it keeps, beside each value, a boolean that says whether the value was sown at all."""
-    leaves: frozenset[Path] = frozenset()
-    """Paths that it must not touch."""
 
     def handles(self, key: Key, mode: str) -> bool:
         tag, path = key
         if self.listener is not None:
             return self.listener.wants(tag, path[-1])
-        return mode not in ("slot", "stack") and path not in self.leaves
+        return mode not in ("slot", "stack")
 
     def drops(self, key: Key, mode: str) -> bool:
         """Whether a sow that it does not keep ends here."""

@@ -92,7 +92,7 @@ def _checkpoint(crossing: Crossing, params: Params, args: list[Any], state: Valu
     return checkpointed(args, state, planted)
 
 
-@_crosses("closed_call", "core_closed_call", "call", "core_call")
+@_crosses("closed_call", "core_closed_call", "call", "core_call", "eval_jaxpr")
 def _call(crossing: Crossing, params: Params, args: list[Any], state: Values, planted: Values) -> Results:
     (jaxpr,) = jex.jaxprs_in_params(params)
     return crossing.run(jaxpr, args, state, planted)

@@ -280,7 +280,7 @@ def _harvesting(level: carry.Level) -> Iterator[Harvester]:
 def _harvest(f: Callable[..., Any], listener: Listener, reaps: bool) -> Callable[..., tuple[Any, dict[Hashable, Any]]]:
     @functools.wraps(f, updated=())
     def harvested(plants: Mapping[Hashable, Any], /, *args: Any, **kwargs: Any) -> tuple[Any, dict[Hashable, Any]]:
-        outer, hearing = listeners(), dataclasses.replace(listener, planted=frozenset(_paths(plants)))
+        outer, hearing = listeners(), dataclasses.replace(listener, planted=frozenset(_keys(plants, listener)))
         level = carry.Level(carry.Purpose(hearing, reaps, outer), plants=plants)
         with _harvesting(level), listening(hearing):
             out = f(*args, **kwargs)
@@ -295,18 +295,23 @@ def _harvest(f: Callable[..., Any], listener: Listener, reaps: bool) -> Callable
     return harvested
 
 
-def _paths(plants: Mapping[Hashable, Any], above: carry.Path = ()) -> Iterator[carry.Path]:
+def _keys(
+    plants: Mapping[Hashable, Any], listener: Listener, above: carry.Path = ()
+) -> Iterator[tuple[Hashable, carry.Path]]:
     for name, value in plants.items():
-        yield (*above, name)
+        if listener.wants(listener.tag, name):
+            yield listener.tag, (*above, name)
         if isinstance(value, Mapping):
-            yield from _paths(value, (*above, name))
+            yield from _keys(value, listener, (*above, name))
 
 
 def _by_scope(values: Mapping[carry.Path, Any]) -> dict[Hashable, Any]:
     tree: dict[Hashable, Any] = {}
     for path, value in values.items():
         scope = tree
-        for name in path[:-1]:
+        for depth, name in enumerate(path[:-1]):
+            if path[: depth + 1] in values:
+                raise ReapError(f"{name!r} is both the name of a value and a scope of `nest`: give one another name")
             scope = scope.setdefault(name, {})
         scope[path[-1]] = value
     return tree

@@ -129,8 +129,8 @@ class Listener:
     allowlist: frozenset[Hashable] | None = None
     blocklist: frozenset[Hashable] = frozenset()
     exclusive: bool = False
-    planted: frozenset[tuple[Hashable, ...]] = frozenset()
-    """The paths that it puts values at."""
+    planted: frozenset[tuple[Hashable, tuple[Hashable, ...]]] = frozenset()
+    """The tag and the paths at which it puts values."""
 
     @classmethod
     def of(

@@ -6,7 +6,7 @@ so for these three primitives a rule of ours stands before JAX's: it takes the s
 that, and sows again outside, on the condition that the value was sown. An equation without sows goes straight to JAX's
 rule.
 
-What is to be planted must reach the sow itself, so such a sow stays where it is.
+What is to be planted must reach the sow inside. It is asked for outside, by a sow too, and goes in with the operands.
 """
 
 import functools
@@ -14,51 +14,63 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import primitives as jex_primitives
 from jax.interpreters import batching
 
-from interp_jax.instrument.carry import Level, Purpose, ReapError, bind, in_words, sown_in_equation
-from interp_jax.instrument.sow import listeners
+from interp_jax.instrument.carry import Key, Level, Purpose, ReapError, Slot, bind, in_words, sown_in_equation
+from interp_jax.instrument.sow import listeners, sow_p
 
 __all__ = ["install"]
 
 
 def _sow_outside(primitive: Any) -> None:
-    """Puts before a primitive's batching rule one that takes the sows out of the equation first."""
     jax_rule = batching.fancy_primitive_batchers[primitive]
 
     @functools.wraps(jax_rule)
     def rule(axis_data: Any, args: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
+        purpose = Purpose(None, reaps=True, notes_writes=True)
         sown = sown_in_equation(primitive, params)
-        if not sown:
+        handled = {key: slot for key, slot in sown.items() if purpose.handles(key, slot.mode)}
+        runs_every_branch = primitive is jex_primitives.while_p or (
+            primitive is jex_primitives.cond_p and axes[0] is not None
+        )
+        for _, path in sown.keys() - handled.keys():
+            if runs_every_branch:
+                raise ReapError(
+                    f"{in_words(path)!r} is in a layer scan in a vmapped `{primitive}`: save cannot cross it"
+                )
+        if not handled:
             return jax_rule(axis_data, args, axes, **params)
-        planted = frozenset(path for listener in listeners() for path in listener.planted)
-        purpose = Purpose(None, reaps=True, notes_writes=True, leaves=planted)
-        if primitive is not jex_primitives.scan_p:
-            for (_, path), slot in sown.items():
-                if slot.mode in ("slot", "stack"):
-                    raise ReapError(
-                        f"{in_words(path)!r} is in a layer scan in a vmapped `{primitive}`: save cannot cross that"
-                    )
 
-        def function(*args: Any) -> list[Any]:
-            level = Level(purpose)
+        planted_keys = {key for listener in listeners() for key in listener.planted}
+        planted = {key: _asked_for(key, slot, axis_data.size) for key, slot in handled.items() if key in planted_keys}
+
+        def function(args: Sequence[Any], planted: Sequence[list[Any]]) -> list[Any]:
+            level = Level(purpose, dict(zip(keys, planted, strict=True)))
             outs = bind(primitive, args, params, level)
             level.sow_again()
             return outs
 
-        if not any(purpose.handles(key, slot.mode) for key, slot in sown.items()):
-            return jax_rule(axis_data, args, axes, **params)
-        outs = jax.vmap(
+        keys = list(planted)
+        mapped = jax.vmap(
             function,
-            in_axes=tuple(axes),
+            in_axes=(list(axes), 0),
             axis_size=axis_data.size,
             axis_name=axis_data.name,
             spmd_axis_name=axis_data.spmd_name,
-        )(*args)
+        )
+        outs = mapped(list(args), [planted[key] for key in keys])
         return outs, [0] * len(outs)
 
     batching.fancy_primitive_batchers[primitive] = rule
+
+
+def _asked_for(key: Key, slot: Slot, size: int) -> list[Any]:
+    """What is planted under a name, for every row of the batch: a sow of zeros, which somebody replaces."""
+    zeros = [jnp.broadcast_to(leaf, (size, *leaf.shape)) for leaf in slot.zeros()]
+    tag, path = key
+    return sow_p.bind(*zeros, tag=tag, path=path, mode=slot.mode, tree=slot.tree, has_pred=False, slots=None)
 
 
 def install() -> None:

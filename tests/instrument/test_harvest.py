@@ -359,6 +359,30 @@ def test_two_vmaps_around_a_conditional_sow():
     close(got, {"x": np.where(taken[..., None], np.asarray(BATCH)[None], 0)})
 
 
+def test_what_was_reaped_of_vmapped_control_flow_can_be_planted_there():
+    """Other values than the function's own are put in, of the shapes in which it gave them."""
+
+    def f(x):
+        x = jax.lax.scan(lambda c, _: (mark(c + 1, "scan", "append") * 2, None), x, length=2)[0]
+        x = jax.lax.cond(x.sum() > 0, lambda x: mark(x, "cond", "clobber") * 3, lambda x: x, x)
+        return jax.lax.while_loop(lambda x: x.sum() < 50, lambda x: mark(x * 2, "while", "clobber"), x)
+
+    def by_hand(x, planted):
+        x = planted["scan"][1] * 2
+        x = planted["cond"] * 3 if x.sum() > 0 else x
+        while x.sum() < 50:
+            x = planted["while"]
+        return x
+
+    mapped = jax.vmap(f)
+    planted = jax.tree.map(
+        lambda value: value + 60 * (jnp.arange(4.0) % 2).reshape(4, *[1] * (value.ndim - 1)), reaps(mapped)(BATCH)
+    )
+    planted["while"] = planted["while"] + 100
+    wanted = [by_hand(x, {name: value[row] for name, value in planted.items()}) for row, x in enumerate(BATCH)]
+    close(plant(mapped, tag="t")(planted, BATCH), jnp.stack(wanted))
+
+
 # Gradients
 
 
@@ -516,6 +540,11 @@ def test_a_nested_conditional_sow_keeps_its_predicate():
         return jax.lax.scan(body, x, jnp.arange(4))[0]
 
     close(reaps(f)(5.0), {"s": {"v": 6.0}})
+
+
+def test_a_scope_may_not_have_the_name_of_a_value():
+    with pytest.raises(ReapError, match="both the name of a value and a scope"):
+        reaps(lambda x: nest(lambda x: mark(x, "v"), scope="a")(mark(x, "a")))(X)
 
 
 @pytest.mark.caches
