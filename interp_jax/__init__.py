@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp_jax.instrument import Activation as Activation
+    from interp_jax.instrument import LoopValueError as LoopValueError
     from interp_jax.instrument import ReapError as ReapError
     from interp_jax.instrument import RunningPass as RunningPass
     from interp_jax.instrument import SiteError as SiteError
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Activation": "interp_jax.instrument",
+    "LoopValueError": "interp_jax.instrument",
     "ReapError": "interp_jax.instrument",
     "RunningPass": "interp_jax.instrument",
     "SiteError": "interp_jax.instrument",

@@ -11,6 +11,7 @@ from interp_jax.instrument.layer_scan import layer_scan as layer_scan
 from interp_jax.instrument.list_sites import SiteInfo as SiteInfo
 from interp_jax.instrument.list_sites import SiteTable as SiteTable
 from interp_jax.instrument.list_sites import list_sites as list_sites
+from interp_jax.instrument.loop_value import LoopValueError as LoopValueError
 from interp_jax.instrument.module_sites import module_sites as module_sites
 from interp_jax.instrument.running_pass import Activation as Activation
 from interp_jax.instrument.running_pass import RunningPass as RunningPass

@@ -114,8 +114,7 @@ class _BoxTrace(jax.core.Trace):
 
     def __init__(self, values: LoopValues, inner: jax.core.Trace, top: jax.core.Trace | None, where: str):
         super().__init__()
-        # This is what JAX's caches and Flax's NNX know a trace by: to them, the inner one is current.
-        self._weakref = inner._weakref
+        trace_context.pass_for(self, inner)
         self.values = values
         self.inner = inner
         self.owner = _owner(inner)
