@@ -56,7 +56,11 @@ arounds = pytest.mark.parametrize("around", AROUND.values(), ids=AROUND.keys())
 
 
 def close(actual, expected):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), actual, expected)
+    def compare(one, other):
+        largest = max(1.0, np.abs(other).max(initial=0))  # small entries of a large array are differences of large ones
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6 * largest)
+
+    jax.tree.map(compare, actual, expected)
 
 
 def equations(jaxpr, name):
@@ -87,7 +91,7 @@ def modify(fn, *args):
         if name == "mlp_out" and layer == 3:
             running.modified_value = jnp.zeros_like(value)
         if name == "resid_post" and layer is not None:
-            running.modified_value = value * (1.0 + layer)
+            running.modified_value = value * (1.0 + layer / 10)
         del value
     return running.retval
 
