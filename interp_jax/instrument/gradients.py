@@ -17,7 +17,7 @@ What bites:
   others.
 * Taps have a rule for reverse mode only: `jax.jvp` of a function that calls `gradients` is an error of JAX's,
   `jax.grad` of it is fine.
-* The zero is a scalar, and `shard_map` takes planted values by their leading axis: a tapped site inside one is an error.
+* The zero is a scalar, and `shard_map` takes planted values by their leading axis: a site in one is an error.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
