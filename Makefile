@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet
 
-.PHONY: demo test test-fast test-slow test-newest lint format docs docs-serve bench constraints clean
+.PHONY: demo test test-fast test-slow test-newest lint format docs docs-serve bench bench-tpu constraints clean
 
 demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index.html
 	$(BIN)/interp-jax demo --resume
@@ -49,12 +49,15 @@ bench: $(VENV)/.dev ## benchmarks, each beside its peer
 	$(BIN)/python -m benchmarks.sae
 	$(BIN)/python -m benchmarks.pursuit
 
+bench-tpu: $(VENV)-tpu/.done ## the layer scan compiled ahead of time for TPUs; needs none
+	$(VENV)-tpu/bin/python -m benchmarks.instrument.tpu
+
 constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
 	$(UV) pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --upgrade \
 	  --extra demo --extra dev --extra docs -o constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tpu $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.uv:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -71,6 +74,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.uv
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(INSTALL) --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+# Not in $(VENV): where libtpu is installed, JAX looks for a TPU whenever it starts.
+$(VENV)-tpu/.done: pyproject.toml constraints.txt $(VENV)/.uv
+	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-tpu
+	$(INSTALL) --python $(VENV)-tpu/bin/python -c constraints.txt -e '.[tpu]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

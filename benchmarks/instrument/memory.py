@@ -1,0 +1,89 @@
+"""Temporary memory of compiled layer scans; nothing is run.
+
+Memory is measured in f32: XLA for CPU keeps an f32 copy of weights in bf16.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import interp_jax as ij
+from benchmarks.instrument.neox import PYTHIA_1_4B, block, scanned
+from benchmarks.instrument.rows import Row, temp_bytes
+
+
+def rows() -> Iterator[Row]:
+    """One layer fetched, and the gradient at one layer."""
+    yield from fetching()
+    yield from gradient()
+
+
+LAYERS, D, POSITIONS, FETCHED = 24, 2048, 4096, 12
+
+
+def fetching() -> Iterator[Row]:
+    """One of 24 layers of 34 MB (32 MiB) each."""
+
+    def body(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, None]:
+        return x + ij.site(jnp.tanh(x @ weights), "mlp_out"), None
+
+    def model(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return ij.layer_scan(body, x, weights)[0]
+
+    def stacked(weights: jax.Array, x: jax.Array) -> Any:
+        def body(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = jnp.tanh(x @ weights)
+            return x + out, out
+
+        x, outs = jax.lax.scan(body, x, weights)
+        return x, outs[FETCHED]
+
+    args = jax.ShapeDtypeStruct((LAYERS, D, D), jnp.float32), jax.ShapeDtypeStruct((POSITIONS, D), jnp.float32)
+    plain = temp_bytes(lambda weights, x: jax.lax.scan(body, x, weights)[0], *args)
+    fetched = temp_bytes(ij.fetch(model, "mlp_out", FETCHED), *args)
+    indexed = temp_bytes(stacked, *args)
+    yield Row("temporary memory, 1 of 24 layers of 34 MB fetched / plain scan", "B", fetched, plain, 1.02)
+    yield Row("temporary memory, all stacked, then 1 indexed / plain scan", "B", indexed, plain)
+
+
+ROWS, TOKENS, DIFFERENTIATED = 2, 256, 12
+
+
+def gradient(sharding: jax.sharding.Sharding | None = None) -> Iterator[Row]:
+    """The gradient of a scalar with respect to the middle layer's `mlp_out`, every layer checkpointed.
+
+    Setting: Pythia-1.4B's shape (24 layers, d 2048, 16 heads, mlp 8192) in f32, 2 rows of 256 tokens.
+    """
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    def weights(*stack: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: array(*stack, *shape) for name, shape in PYTHIA_1_4B.layer().items()}
+
+    layers, x = PYTHIA_1_4B.layers, array(ROWS, TOKENS, PYTHIA_1_4B.d_model)
+
+    def objective(weights: Any, x: jax.Array) -> jax.Array:
+        return (scanned(weights, x, ij.layer_scan, jax.checkpoint(block)) ** 2).mean()
+
+    def by_hand(weights: Any, x: jax.Array) -> Any:
+        def run(zero: jax.Array, x: jax.Array) -> jax.Array:
+            def add(value: jax.Array, name: str) -> jax.Array:
+                return value + zero if name == "mlp_out" else value
+
+            for layer, one in enumerate(weights):
+                mark = add if layer == DIFFERENTIATED else unmarked
+                x = jax.checkpoint(functools.partial(block, mark=mark))(one, x)
+            return (x**2).mean()
+
+        def unmarked(value: jax.Array, name: str) -> jax.Array:
+            return value
+
+        return jax.value_and_grad(run)(jnp.zeros_like(x), x)
+
+    ours = temp_bytes(ij.gradients(objective, "mlp_out", DIFFERENTIATED), weights(layers), x)
+    other = temp_bytes(by_hand, [weights() for _ in range(layers)], x)
+    yield Row("temporary memory, gradient at layer 12 of 24, scan / unrolled by hand", "B", ours, other, 1.1)
