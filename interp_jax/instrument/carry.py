@@ -147,6 +147,15 @@ def _edits_custom(primitive: Any, params: dict[str, Any]) -> bool:
     return any(inner.edits_custom for inner in contents)
 
 
+def holds_any(params: dict[str, Any]) -> bool:
+    """Whether an equation may hold something for a harvest. Asked of every primitive, most of which hold no jaxpr."""
+    for inner in jex.jaxprs_in_params(params):
+        contents = _contents(inner)
+        if contents.sown or contents.is_edited:
+            return True
+    return False
+
+
 def concerns(level: "Level", primitive: Any, params: dict[str, Any]) -> bool:
     """Whether an equation cannot be bound as it is."""
     return bool(level.slots(primitive, params)) or _edits_custom(primitive, params)
@@ -435,7 +444,7 @@ def bind(primitive: Any, args: Sequence[Any], params: dict[str, Any], level: Lev
     """Binds a primitive in the current trace; what is sown inside it is dealt with by `level`."""
     if primitive is sow_p:
         return level.sow(args, params)
-    if not concerns(level, primitive, params):
+    if not (holds_any(params) and concerns(level, primitive, params)):
         return primitive.bind(*args, **primitive.get_bind_params(params))
     crossing = Crossing(level, level.slots(primitive, params))
     outs, state, once = crossing.bind(

@@ -93,7 +93,7 @@ class Harvester(jax.core.Trace):
 
     def _bind(self, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
         assert self.level is not None
-        if primitive is not sow_p and self.parent is _eager_trace() and carry.concerns(self.level, primitive, params):
+        if carry.holds_any(params) and self.parent is _eager_trace() and carry.concerns(self.level, primitive, params):
             return _bind_cached(primitive, args, params, self.level)
         return carry.bind(primitive, args, params, self.level)
 

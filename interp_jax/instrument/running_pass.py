@@ -88,6 +88,12 @@ class PassState:
         self.saved: dict[Any, Any] = {}
         self.save_names: dict[Any, None] = {}
 
+    def spoil_token(self) -> None:
+        """Notes for JAX's caches that a site stands here."""
+        trace = trace_context.staging_trace(self.top) or (self.top if self.is_nested else None)
+        if trace is not None:
+            self.token.spoil(trace)
+
     def wants(self, layer: int | None, name: str) -> bool:
         return (self.sites is None or name in self.sites) and (self.layers is None or layer in self.layers)
 
@@ -138,8 +144,7 @@ def site(value: Any, name: str, *, layer: int | None = None) -> Any:
     innermost = _innermost.get()
     if innermost is None:
         return value
-    if innermost.is_nested or trace_context.current_trace() is not innermost.top:
-        innermost.token.spoil()
+    innermost.spoil_token()
     if harvest.is_silent():
         return value
     surrounding = surroundings.get()
@@ -317,7 +322,7 @@ def _remedy(got: jax.ShapeDtypeStruct, wanted: jax.ShapeDtypeStruct) -> str:
 def standing(state: PassState) -> Iterator[None]:
     """Makes `state` the innermost pass in the block, and the trace that is current here the pass's own."""
     state.outer = outer = _innermost.get()
-    state.is_nested = outer is not None and (outer.is_nested or trace_context.current_trace() is not outer.top)
+    state.is_nested = outer is not None and (outer.is_nested or trace_context.staging_trace(outer.top) is not None)
     reset = _innermost.set(state)
     try:
         with state.token:

@@ -7,21 +7,26 @@ token of its thread; outside it is None. So clean calls and passes never share a
 
 **When the token changes.** A token could be new at every site, but then every small jitted function of `jax.numpy`
 would be traced (and outside jit compiled) again between any two sites, in every pass. It is enough to give up a token
-when it has been *spoilt*: when a site stood inside a nested trace (a jitted function, a scan's body, ...) whose result
-is now cached under it. Sites in the pass's own top-level trace spoil nothing. A model that is a plain Python loop thus
-keeps one token for ever and its helper functions stay compiled; a jitted function with sites inside is traced anew each
-time, as it must. Sites that a filter passes over spoil the token too: a later pass may want them.
+when it has been *spoilt*: at the first site in a trace whose result JAX will cache (that of a jitted function, a scan's
+body, ...). The functions around that trace were entered before the new token was; so later sites in it spoil nothing,
+and only a function that is entered under the new token can, at its own first site. Sites in the pass's own top-level
+trace, or under `grad` and `vmap` there, spoil nothing at all: a model that is a plain Python loop keeps one token for
+ever, and its helper functions stay compiled. Sites that a filter passes over spoil the token too: a later pass may want
+them.
 
 Tokens are by thread, so that one thread's tracing cannot spoil a token that another is using.
 """
 
 import contextlib
+import functools
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 from jax.extend.core import set_current_trace, take_current_trace
 
 _cache_key = jax.make_user_context(None)
@@ -30,6 +35,7 @@ _cache_key = jax.make_user_context(None)
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.generation = 0
+        self.spoilt_by: weakref.WeakSet[jax.core.Trace] = weakref.WeakSet()
         self.entered: list[CacheToken] = []
 
 
@@ -51,10 +57,15 @@ class CacheToken:
             # What this pass spoilt, the pass around it must not meet again.
             _thread.entered[-1].renew()
 
-    def spoil(self) -> None:
-        """Gives up the token: what is traced from here on has a new cache key, in this pass and in those to come."""
-        _thread.generation += 1
-        self.renew()
+    def spoil(self, trace: jax.core.Trace) -> None:
+        """Gives up the token, at the first site in `trace`.
+
+        What is traced from here on has a new cache key, in this pass and in those to come.
+        """
+        if trace not in _thread.spoilt_by:
+            _thread.spoilt_by.add(trace)
+            _thread.generation += 1
+            self.renew()
 
     def renew(self) -> None:
         """Enters the thread's newest token in the place of the one that was entered."""
@@ -70,6 +81,33 @@ def current_trace() -> jax.core.Trace:
     """The trace in which a JAX operation called here and now would stand."""
     with take_current_trace() as trace:
         return trace
+
+
+@functools.cache
+def _transparent() -> frozenset[type]:
+    """The kinds of trace that compute as they go, and cache nothing: those of jvp, grad and vmap."""
+    types: list[type] = []
+
+    def note(x: Any) -> Any:
+        types.append(type(current_trace()))
+        return x
+
+    with jax.core.eval_context():
+        jax.jvp(note, (0.0,), (0.0,))
+        jax.linearize(note, 0.0)
+        jax.vmap(note)(np.zeros(1))
+    return frozenset(types)
+
+
+def staging_trace(top: jax.core.Trace | None) -> jax.core.Trace | None:
+    """The innermost trace between here and `top` whose result JAX may cache; None if there is none."""
+    trace: Any = current_trace()
+    while trace is not top:
+        around = getattr(trace, "parent_trace", None)
+        if type(trace) not in _transparent() or around is None:
+            return trace
+        trace = around
+    return None
 
 
 @contextlib.contextmanager
