@@ -25,15 +25,15 @@ SITES: dict[int, frozenset[Site]] = {
 class Mark(Protocol):
     """What stands at a site: `ij.site`, or what a user wrote there by hand."""
 
-    def __call__(self, value: Any, name: str, *, layer: int) -> Any: ...
+    def __call__(self, value: Any, name: str, *, layer: int | None) -> Any: ...
 
 
-def unmarked(value: Any, name: str, *, layer: int) -> Any:
+def unmarked(value: Any, name: str, *, layer: int | None) -> Any:
     """No site at all."""
     return value
 
 
-def block(x: jax.Array, weights: tuple[jax.Array, jax.Array], layer: int, mark: Mark) -> jax.Array:
+def block(x: jax.Array, weights: tuple[jax.Array, jax.Array], layer: int | None, mark: Mark) -> jax.Array:
     """One layer."""
     w_in, w_out = weights
     x = mark(x, "resid_pre", layer=layer)

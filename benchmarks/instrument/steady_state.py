@@ -46,7 +46,7 @@ def read_by_hand(sites: Collection[Site]) -> Function:
     def run(params: Params, x: jax.Array) -> Any:
         values = []
 
-        def mark(value: jax.Array, name: str, *, layer: int) -> jax.Array:
+        def mark(value: jax.Array, name: str, *, layer: int | None) -> jax.Array:
             if (layer, name) in sites:
                 values.append(value)
             return value
@@ -71,7 +71,7 @@ def changed(sites: Collection[Site]) -> Function:
 def changed_by_hand(sites: Collection[Site]) -> Function:
     """`changed`, written into the model."""
 
-    def mark(value: jax.Array, name: str, *, layer: int) -> jax.Array:
+    def mark(value: jax.Array, name: str, *, layer: int | None) -> jax.Array:
         return value * _scale(layer) if (layer, name) in sites else value
 
     return make_model(mark)
