@@ -5,6 +5,7 @@ NEWEST := .venv-newest
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet
+PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 
 .PHONY: demo test test-fast test-slow test-newest lint format docs docs-serve bench bench-tpu constraints clean
 
@@ -14,7 +15,7 @@ demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index
 test: test-fast test-slow ## every test that needs no accelerator
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
@@ -27,7 +28,7 @@ test-newest: ## the fast tests on the newest JAX, where a Python of at least 3.1
 	$(NEWEST)/bin/uv pip install --quiet --upgrade --python $(NEWEST)/bin/python -e '.[dev]'; \
 	$(NEWEST)/bin/interp-jax data get wikipedia; \
 	$(NEWEST)/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"; \
-	$(NEWEST)/bin/python -m pytest -m "not slow and not demo"
+	$(NEWEST)/bin/python -m pytest $(PARALLEL) -m "not slow and not demo"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -88,12 +88,15 @@ class Harvester(jax.core.Trace):
         return self.parent.stage_value(val)
 
     def process_primitive(self, primitive: Any, tracers: Sequence[Any], params: dict[str, Any], /) -> Any:
+        if primitive is not sow_p and not carry.holds_any(params):
+            return self.parent.process_primitive(primitive, tracers, params)
         with trace_context.entered(self.parent):
             return self._bind(primitive, tracers, params)
 
     def _bind(self, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
         assert self.level is not None
-        if carry.holds_any(params) and self.parent is _eager_trace() and carry.concerns(self.level, primitive, params):
+        is_equation = primitive is not sow_p and carry.concerns(self.level, primitive, params)
+        if is_equation and self.parent is _eager_trace():
             return _bind_cached(primitive, args, params, self.level)
         return carry.bind(primitive, args, params, self.level)
 

@@ -59,6 +59,7 @@ def close(actual, expected):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), actual, expected)
 
 
+@pytest.mark.caches  # those below are leak-checked, which takes five times as long
 @models
 @wraps
 @pytest.mark.parametrize("layers", [None, 2, (1, 3)], ids=["all", "one", "two"])

@@ -218,7 +218,9 @@ def test_nothing_leaks(row):
 
 @pytest.mark.caches
 @rows
-@pytest.mark.parametrize("where", WHERES)
+@pytest.mark.parametrize(
+    "where", [pytest.param(where, marks=[pytest.mark.slow] * (where == "around, in jit")) for where in WHERES]
+)
 @pytest.mark.parametrize("act", ACTS)
 def test_a_cell(row, where, act):
     if row.values_only and where == "around, in jit":
