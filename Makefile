@@ -18,7 +18,7 @@ test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile -m slow
 
 test-newest: ## the fast tests on the newest JAX, where a Python of at least 3.12 is found
 	@python=$$(sh .ci/newest-python); \

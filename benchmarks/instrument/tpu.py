@@ -142,7 +142,7 @@ def rows(topology: str, rounds: int) -> Iterator[Row]:
 def gradient(topology: str) -> Iterator[Row]:
     """The row of `memory.gradient`, on one chip."""
     chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    for row in memory.gradient(SingleDeviceSharding(chip)):
+    for row in memory.gradient(jnp.bfloat16, SingleDeviceSharding(chip)):
         yield dataclasses.replace(row, what=f"{topology}: {row.what}")
 
 
