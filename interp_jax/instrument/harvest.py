@@ -191,10 +191,10 @@ def _eager_trace() -> jax.core.Trace:
 
 
 def _staged(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> tuple[Any, list[Any], Any]:
-    """The equation that binding a primitive with functions for operands makes in a jaxpr; its operands; what bind
-    gives.
+    """Binds a primitive that has functions for operands, in a jaxpr.
 
-    The last without its values, since it may be a container of JAX's own.
+    Returns:
+        The equation; its operands; what bind gave, without the values, since it may be a container of JAX's own.
     """
     empty: Any = None
 
@@ -238,7 +238,8 @@ def _bind_cached(primitive: Any, args: Sequence[Any], params: dict[str, Any], le
     crossing = carry.Crossing(level, level.slots(primitive, params))
     operands, tree = jax.tree.flatten((list(args), crossing.state_in(level), crossing.planted_in(level)))
     avals = tuple(map(jax.typeof, operands))
-    key = (primitive, tree, avals, level.purpose, tuple(crossing.planted), tuple(sorted(params.items(), key=_first)))
+    told = tuple((name, _weakly(params[name])) for name in sorted(params))
+    key = (primitive, tree, avals, level.purpose, tuple(crossing.planted), told)
     try:
         found = _bound.setdefault(jaxprs[0], {}).get(key)
     except TypeError:  # a parameter that cannot be hashed
@@ -259,8 +260,11 @@ def _bind_cached(primitive: Any, args: Sequence[Any], params: dict[str, Any], le
     return outs
 
 
-def _first(pair: tuple[str, Any]) -> str:
-    return pair[0]
+def _weakly(value: Any) -> Any:
+    """A parameter as part of a key, which must not keep the jaxprs that it is kept for."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_weakly, value))
+    return weakref.ref(value) if hasattr(value, "eqns") else value
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 References are the same computations written by hand, with the values returned.
 """
 
+import gc
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -27,6 +29,7 @@ from interp_jax.instrument.harvest import (
 )
 
 X = jnp.linspace(0.1, 1.0, 4)
+harvest_module = importlib.import_module("interp_jax.instrument.harvest")
 
 
 def tagged(x):
@@ -624,6 +627,22 @@ def test_an_eager_reap_of_a_jitted_function_compiles_once():
         jax.monitoring.unregister_event_duration_listener(listen)
     assert len(traced) == 1
     assert not compiled
+
+
+@pytest.mark.caches
+def test_what_was_made_of_a_function_goes_with_the_function():
+    kept = harvest_module._bound
+    gc.collect()
+    before = len(kept)
+    f = jax.jit(lambda x: mark(jnp.sin(x), "y"))
+    g = jax.jit(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: mark(x * 2, "x", "clobber"), x))
+    reaps(f)(X)
+    reaps(g)(X)
+    assert len(kept) == before + 2
+    del f, g
+    jax.clear_caches()
+    gc.collect()
+    assert len(kept) <= before
 
 
 def test_tracing_is_linear_in_the_depth_of_nesting():
