@@ -255,3 +255,28 @@ def test_smollm2_loses_on_the_excerpt_what_it_loses_in_pytorch(smollm2):
     loss = jax.jit(lambda params, tokens: next_token_loss(smollm2.forward(params, tokens), tokens))
     losses = [loss(smollm2.params, half) for half in (rows[:8], rows[8:])]
     assert np.mean(losses) == pytest.approx(PYTORCH_LOSS_ON_REFERENCE_ROWS, abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.caches
+def test_a_clean_call_gives_the_same_bits_before_and_after_two_passes(smollm2):
+    tokens = jnp.asarray([smollm2.tokenizer.encode(FOUR_PARAGRAPHS[0])])
+    clean = jax.jit(smollm2.forward)
+
+    @jax.jit
+    def forward(params, tokens):
+        for layer, name, value in (running := ij.iterate(smollm2.forward)(params, tokens)):
+            if name == "mlp_out" and layer == 6:
+                running.modified_value = value.at[:, :, 17].set(0.0)
+            if name == "resid_post":
+                running.save(f"norm/{layer}", jnp.linalg.norm(value, axis=-1))
+        return running.retval, running.saved
+
+    before = np.asarray(clean(smollm2.params, tokens))
+    (first, saved), (second, saved_again) = forward(smollm2.params, tokens), forward(smollm2.params, tokens)
+    np.testing.assert_array_equal(first, second)
+    jax.tree.map(np.testing.assert_array_equal, saved, saved_again)
+    assert len(saved) == 30
+    assert not np.array_equal(first, before)
+    np.testing.assert_array_equal(clean(smollm2.params, tokens), before)
+    np.testing.assert_array_equal(jax.jit(lambda *args: smollm2.forward(*args))(smollm2.params, tokens), before)
