@@ -90,8 +90,9 @@ def gradient(dtype: Any = jnp.float32, sharding: jax.sharding.Sharding | None = 
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def layer(x: jax.Array, number: jax.Array) -> jax.Array:
                 def mark(value: jax.Array, name: str) -> jax.Array:
-                    is_there = zero is not None and name == "mlp_out"
-                    return value + jnp.where(number == DIFFERENTIATED, zero, 0) if is_there else value
+                    if zero is None or name != "mlp_out":
+                        return value
+                    return value + jnp.where(number == DIFFERENTIATED, zero, 0)
 
                 one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), weights)
                 return block(one, x, mark)
