@@ -7,7 +7,9 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet
 PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test test-fast test-slow test-newest lint format docs docs-serve bench bench-tpu constraints clean
+LIBRARIES := gemma tunix penzai levanter
+
+.PHONY: demo test test-fast test-slow test-newest test-patches lint format docs docs-serve bench bench-tpu constraints clean
 
 demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index.html
 	$(BIN)/interp-jax demo --resume
@@ -29,6 +31,11 @@ test-newest: ## the fast tests on the newest JAX, where a Python of at least 3.1
 	$(NEWEST)/bin/interp-jax data get wikipedia; \
 	$(NEWEST)/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"; \
 	$(NEWEST)/bin/python -m pytest $(PARALLEL) -m "not slow and not demo"
+
+test-patches: $(LIBRARIES:%=test-patches-%) ## the patch sets of libraries that need an environment of their own, one after another
+
+test-patches-%: .venv-patches/%/.done .venv-patches/references/smollm2.npz
+	.venv-patches/$*/bin/python -m pytest tests/patching/libraries/test_$*.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -58,7 +65,7 @@ constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
 	  --extra demo --extra dev --extra docs -o constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-patches $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.uv:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -82,6 +89,17 @@ $(VENV)-tpu/.done: pyproject.toml constraints.txt $(VENV)/.uv
 	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-tpu
 	$(INSTALL) --python $(VENV)-tpu/bin/python -c constraints.txt -e '.[tpu]'
 	@touch $@
+
+# What a library declares is often far more than its models need: such are installed alone, what they need beside them.
+LISTS := tests/patching/libraries/environments
+.venv-patches/%/.done: pyproject.toml $(LISTS)/%.txt $(LISTS)/%.alone.txt $(VENV)/.uv
+	$(UV) venv --quiet --clear --python $(BIN)/python .venv-patches/$*
+	$(INSTALL) --python .venv-patches/$*/bin/python -e . pytest pytest-timeout beartype -r $(LISTS)/$*.txt
+	$(INSTALL) --python .venv-patches/$*/bin/python --no-deps -r $(LISTS)/$*.alone.txt
+	@touch $@
+
+.venv-patches/references/smollm2.npz: $(VENV)/.demo
+	JAX_PLATFORMS=cpu $(BIN)/python -W ignore tests/patching/libraries/real_weights.py smollm2 $@
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(INSTALL) --python $(BIN)/python -c constraints.txt -e '.[demo,docs]'
