@@ -99,7 +99,11 @@ LISTS := tests/patching/libraries/environments
 	@touch $@
 
 .venv-patches/references/smollm2.npz: $(VENV)/.demo
-	JAX_PLATFORMS=cpu $(BIN)/python -W ignore tests/patching/libraries/real_weights.py smollm2 $@
+	JAX_PLATFORMS=cpu $(BIN)/python -W ignore tests/patching/libraries/real_weights.py smollm2
+
+.venv-patches/references/gemma3.npz: $(VENV)/.demo
+	$(BIN)/interp-jax data get gemma3
+	JAX_PLATFORMS=cpu $(BIN)/python tests/patching/libraries/real_weights.py gemma3-weights
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(INSTALL) --python $(BIN)/python -c constraints.txt -e '.[demo,docs]'

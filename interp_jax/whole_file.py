@@ -6,16 +6,18 @@ The content goes to a temporary file in the same folder, is synced to the disk, 
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable
 
 __all__ = ["write_whole"]
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes | str) -> pathlib.Path:
+def write_whole(path: str | os.PathLike[str], content: bytes | str | Iterable[bytes]) -> pathlib.Path:
     """Writes a file that is either whole or as it was before.
 
     Args:
         path: the file; one that is there is replaced. Its folder is made where it is missing.
-        content: what it is to hold; text is written as UTF-8.
+        content: what it is to hold; text is written as UTF-8, blocks of bytes one after another. If getting the blocks
+            raises, nothing is written.
 
     Returns:
         The path.
@@ -28,7 +30,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> pathlib.P
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's files are private; these are there to be read

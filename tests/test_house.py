@@ -23,7 +23,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
-SAME_FLOOR_ALLOWED = {("patching", "whole_file")}
+SAME_FLOOR_ALLOWED = {("patching", "whole_file"), ("installed_data", "whole_file")}
 
 
 def place(path):

@@ -110,7 +110,7 @@ def test_a_file_cut_short_or_changed_is_not_taken_for_whole(small, site, tmp_pat
 
 def test_an_unknown_name_lists_the_known_ones():
     for function in (installed_data.find, installed_data.get, installed_data.status):
-        with pytest.raises(ValueError, match="no data file 'gpt5'; there are smollm2, wikipedia"):
+        with pytest.raises(ValueError, match="no data file 'gpt5'; there are gemma3, smollm2, wikipedia"):
             function("gpt5")
 
 

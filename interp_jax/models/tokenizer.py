@@ -4,20 +4,25 @@ A thin layer over the `tokenizers` library that fixes what an experiment relies 
 hides nothing (special tokens are shown), and `readable` gives one printable string for each token, also where a token
 is a part of a UTF-8 character.
 
-Rebuilding from GGUF: the metadata holds the pieces, the merges in order and each piece's type, but the pre-tokenizer
-only by a name (`tokenizer.ggml.pre`). An unknown name is refused: a wrong pre-tokenizer gives ids that look right and
-are not.
+Rebuilding from GGUF, two kinds:
+
+- byte-level BPE (`gpt2`, as SmolLM2 has it): the metadata holds the pieces, the merges in order and each piece's type,
+  but the pre-tokenizer only by a name (`tokenizer.ggml.pre`). An unknown name is refused: a wrong pre-tokenizer gives
+  ids that look right and are not.
+- SentencePiece's BPE (`llama`, as Gemma has it): the metadata holds the pieces and a score for each, and no merges.
+  SentencePiece joins the two neighbours whose joint piece scores highest, so the merges are all ways to make a piece of
+  two, by score. What it cannot spell with its pieces it writes as bytes.
 
 Hazard: the text of a special token, such as `<|endoftext|>`, is encoded as that token where it stands in a text.
 """
 
-import json
 import os
+import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 if TYPE_CHECKING:
     from interp_jax.models.gguf_file import GgufFile
@@ -33,10 +38,14 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 }
 
 # Token types of GGUF's `tokenizer.ggml.token_type`.
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 _END_OF_TEXT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _BEGIN_OF_TEXT_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>")
+
+_INSTEAD = "Take the tokenizer from the model's tokenizer.json with Tokenizer.from_file."
 
 _VISIBLE = str.maketrans({"\n": "↵", "\r": "␍", "\t": "⇥"})
 
@@ -73,7 +82,8 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.end_of_text_id = eos_id if end_of_text_id is None else end_of_text_id
-        self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
+        self._is_byte_level = backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
+        self._has_byte_pieces = bool(getattr(backend.model, "byte_fallback", False))
         self._added = {id_ for id_, _ in backend.get_added_tokens_decoder().items()}
 
     @classmethod
@@ -119,39 +129,24 @@ class Tokenizer:
             The tokenizer, whose ids are those that the model was trained with.
 
         Raises:
-            ValueError: when the file holds no byte-level BPE tokenizer, or one whose pre-tokenizer is not known.
+            ValueError: when the file holds no BPE tokenizer, or one of which something is not known.
         """
-        metadata = gguf_file.metadata
-        model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-        if model != "gpt2":
-            raise ValueError(
-                f"{gguf_file.path}: tokenizer.ggml.model is {model!r}, expected 'gpt2' (byte-level BPE). "
-                "Take the tokenizer from the model's tokenizer.json with Tokenizer.from_file."
-            )
-        if pre not in _PRE_TOKENIZERS:
-            raise ValueError(
-                f"{gguf_file.path}: the pre-tokenizer {pre!r} is not known, only {sorted(_PRE_TOKENIZERS)}. "
-                "Take the tokenizer from the model's tokenizer.json with Tokenizer.from_file."
-            )
+        metadata, kind = gguf_file.metadata, gguf_file.metadata.get("tokenizer.ggml.model")
         pieces: list[str] = gguf_file.require("tokenizer.ggml.tokens")
-        merges: list[str] = gguf_file.require("tokenizer.ggml.merges")
         types: list[int] = gguf_file.require("tokenizer.ggml.token_type")
         if len(types) != len(pieces):
             raise ValueError(
                 f"{gguf_file.path}: {len(pieces)} tokens but {len(types)} token types; the file is damaged."
             )
-        try:
-            bpe = models.BPE(
-                vocab={piece: id_ for id_, piece in enumerate(pieces)},
-                # A piece holds no plain space (it is written as Ġ), so the one space divides left from right.
-                merges=[_split_merge(merge) for merge in merges],
-                fuse_unk=False,
+        if kind == "gpt2":
+            backend = _byte_level(gguf_file, pieces)
+        elif kind == "llama":
+            backend = _sentence_pieces(gguf_file, pieces, types)
+        else:
+            raise ValueError(
+                f"{gguf_file.path}: tokenizer.ggml.model is {kind!r}, expected 'gpt2' (byte-level BPE) or 'llama' "
+                f"(SentencePiece's BPE). {_INSTEAD}"
             )
-        except Exception as error:  # The library raises bare Exception.
-            raise ValueError(f"{gguf_file.path}: its tokens and merges do not fit: {error}; it is damaged.") from error
-        backend = tokenizers.Tokenizer(bpe)
-        backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-        backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(
             [
                 tokenizers.AddedToken(p, special=True, normalized=False)
@@ -231,6 +226,8 @@ class Tokenizer:
             return piece
         if self._is_byte_level and all(char in _BYTE_OF_CHAR for char in piece):
             piece = bytes(_BYTE_OF_CHAR[char] for char in piece).decode("utf-8", errors="backslashreplace")
+        elif self._has_byte_pieces and (byte := _BYTE_PIECE.fullmatch(piece)):
+            piece = bytes([int(byte[1], 16)]).decode("ascii", errors="backslashreplace")
         else:
             piece = piece.replace("▁", " ")
         piece = piece.translate(_VISIBLE)
@@ -246,6 +243,55 @@ class Tokenizer:
 
 def _first(ids: dict[str, int], names: tuple[str, ...]) -> int | None:
     return next((ids[name] for name in names if name in ids), None)
+
+
+def _byte_level(gguf_file: "GgufFile", pieces: list[str]) -> tokenizers.Tokenizer:
+    pre = gguf_file.metadata.get("tokenizer.ggml.pre")
+    if pre not in _PRE_TOKENIZERS:
+        raise ValueError(
+            f"{gguf_file.path}: the pre-tokenizer {pre!r} is not known, only {sorted(_PRE_TOKENIZERS)}. {_INSTEAD}"
+        )
+    merges: list[str] = gguf_file.require("tokenizer.ggml.merges")
+    # A piece holds no plain space (it is written as Ġ), so the one space divides left from right.
+    bpe = _bpe(gguf_file, pieces, [_split_merge(merge) for merge in merges], fuse_unk=False)
+    backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentence_pieces(gguf_file: "GgufFile", pieces: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    if gguf_file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        raise ValueError(f"{gguf_file.path} puts a space before each text, which is not done here. {_INSTEAD}")
+    scores: list[float] = gguf_file.require("tokenizer.ggml.scores")
+    if len(scores) != len(pieces):
+        raise ValueError(f"{gguf_file.path}: {len(pieces)} tokens but {len(scores)} scores; the file is damaged.")
+    if types.count(_BYTE) != 256:
+        raise ValueError(
+            f"{gguf_file.path} has {types.count(_BYTE)} pieces for bytes, expected one for each of 256. {_INSTEAD}"
+        )
+    score_of = {p: score for p, score, t in zip(pieces, scores, types, strict=True) if t == _NORMAL}
+    merges = [
+        (piece[:i], piece[i:])
+        # The sort is stable: of equal scores the earlier piece first.
+        for piece in sorted(score_of, key=score_of.__getitem__, reverse=True)
+        for i in range(1, len(piece))
+        if piece[:i] in score_of and piece[i:] in score_of
+    ]
+    unknown = next((p for p, t in zip(pieces, types, strict=True) if t == _UNKNOWN), None)
+    backend = tokenizers.Tokenizer(
+        _bpe(gguf_file, pieces, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def _bpe(gguf_file: "GgufFile", pieces: list[str], merges: list[tuple[str, str]], **options: Any) -> models.BPE:
+    try:
+        return models.BPE(vocab={piece: id_ for id_, piece in enumerate(pieces)}, merges=merges, **options)
+    except Exception as error:  # The library raises bare Exception.
+        raise ValueError(f"{gguf_file.path}: its tokens and merges do not fit: {error}; it is damaged.") from error
 
 
 def _split_merge(merge: str) -> tuple[str, str]:

@@ -150,8 +150,8 @@ def test_sentence_pieces_are_read_with_plain_spaces(tmp_path):
 
 
 def test_what_cannot_be_rebuilt_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"'llama', expected 'gpt2'.*from_file"):
-        Tokenizer.from_gguf(_write_gguf(tmp_path / "a.gguf", model="llama"))
+    with pytest.raises(ValueError, match=r"'bert', expected 'gpt2'.*from_file"):
+        Tokenizer.from_gguf(_write_gguf(tmp_path / "a.gguf", model="bert"))
     with pytest.raises(ValueError, match=r"pre-tokenizer 'tekken' is not known, only .*smollm"):
         Tokenizer.from_gguf(_write_gguf(tmp_path / "b.gguf", pre="tekken"))
     with pytest.raises(ValueError, match="260 tokens but 3 token types"):

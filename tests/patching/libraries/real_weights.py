@@ -1,12 +1,16 @@
 """Real weights for libraries in environments of their own, and what another library computed with them.
 
-`python real_weights.py smollm2 FILE`, run where the demo's environment is, writes one file with all that a test
-needs, so that a library's environment needs no tokenizer, no text and no other library:
+`python real_weights.py NAME`, run where the demo's environment is, writes one file with all that a test needs, so
+that a library's environment needs no tokenizer, no text and no other library:
 
 - `weights/NAME`: float32, named and laid out as on Hugging Face (linear maps `[out, in]`, heads one after another,
-  rotary pairs in halves); a tied unembedding is left out;
-- `rows`, `loss`: 16 rows of 128 tokens of English, and the mean loss on them, in nats a token;
+  rotary pairs in halves, Gemma's norms without the one that is added to them); a tied unembedding is left out;
+- `rows`: 16 rows of 128 tokens of English, each with the begin-of-text token first where the model wants one;
+- `loss`: the mean loss on them, in nats a token;
 - `tokens`: 2 rows of 24 tokens; `sites/LAYER/NAME` (LAYER empty for the whole model's): every site of a pass over them.
+
+NAME is `smollm2`, which transformers' Flax classes run, or `gemma3-weights`, which they cannot: `loss` and `sites` are
+then written by `write_pass` to a second file, in the environment of the first library that can.
 """
 
 import os
@@ -20,39 +24,48 @@ FOLDER = pathlib.Path(__file__).parents[3] / ".venv-patches" / "references"
 
 
 class RealWeights:
-    """One file, read lazily."""
+    """What is known of a model, read lazily: from NAME.npz, and from NAME-sites.npz where that is a file of its own."""
 
     def __init__(self, name: str):
-        self._file = np.load(FOLDER / f"{name}.npz")
+        self._contents: dict[str, Any] = {}
+        for path in (FOLDER / f"{name}.npz", FOLDER / f"{name}-sites.npz"):
+            if path.exists():
+                file = np.load(path)
+                self._contents |= dict.fromkeys(file.files, file)
+        if not self._contents:
+            raise FileNotFoundError(f"{FOLDER / name}.npz is missing: see the Makefile.")
 
     def weight(self, name: str) -> np.ndarray:
         """A tensor by its Hugging Face name."""
-        return self._file[f"weights/{name}"]
+        return self._read(f"weights/{name}")
 
     @property
     def rows(self) -> np.ndarray:
         """[16, 128] token ids."""
-        return self._file["rows"]
+        return self._read("rows")
 
     @property
     def loss(self) -> float:
-        """The reference loss on `rows`."""
-        return float(self._file["loss"])
+        """The reference loss on `rows`, in nats a token."""
+        return float(self._read("loss"))
 
     @property
     def tokens(self) -> np.ndarray:
         """[2, 24] token ids, those of the sites."""
-        return self._file["tokens"]
+        return self._read("tokens")
 
     @property
     def sites(self) -> dict[tuple[int | None, str], np.ndarray]:
         """Every site's value on `tokens`."""
         found = {}
-        for key in self._file.files:
+        for key in self._contents:
             if key.startswith("sites/"):
                 _, layer, name = key.split("/")
-                found[int(layer) if layer else None, name] = self._file[key]
+                found[int(layer) if layer else None, name] = self._read(key)
         return found
+
+    def _read(self, key: str) -> np.ndarray:
+        return self._contents[key][key]
 
 
 def mean_loss(logits: np.ndarray, rows: np.ndarray) -> float:
@@ -63,33 +76,43 @@ def mean_loss(logits: np.ndarray, rows: np.ndarray) -> float:
     return float((log_sum - np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]).mean())
 
 
-def write(out: pathlib.Path, weights: dict[str, np.ndarray], forward: Any, params: Any, rows: np.ndarray) -> None:
-    """Runs a model and writes its file.
+def write_pass(name: str, forward: Any, params: Any, rows: np.ndarray, contents: dict[str, Any]) -> None:
+    """Runs a model and writes what came out.
 
     Args:
-        out: the file.
-        weights: by Hugging Face name.
+        name: the file's name in the folder of references, without its ending.
         forward: `forward(params, tokens) -> logits`, with every site.
         params: its first argument.
         rows: [16, 128].
+        contents: what else to write.
     """
     import jax
 
     import interp_jax as ij
 
     logits = np.concatenate([np.asarray(jax.jit(forward)(params, part)) for part in np.split(rows, 4)])
-    tokens = rows[:2, :24]
-    _, sites = ij.fetch(forward)(params, tokens)
-    contents = {f"weights/{name}": np.asarray(value, np.float32) for name, value in weights.items()}
-    for (layer, name), value in sites.items():
-        contents[f"sites/{'' if layer is None else layer}/{name}"] = np.asarray(value, np.float32)
+    _, sites = ij.fetch(forward)(params, rows[:2, :24])
+    values = {
+        f"sites/{'' if layer is None else layer}/{site}": np.asarray(value, np.float32)
+        for (layer, site), value in sites.items()
+    }
+    save(FOLDER / f"{name}.npz", {"loss": mean_loss(logits, rows), **values, **contents})
+
+
+def save(out: pathlib.Path, contents: dict[str, Any]) -> None:
+    """Writes a file whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part.npz")
-    np.savez(part, rows=rows, tokens=tokens, loss=mean_loss(logits, rows), **contents)
+    np.savez(part, **contents)
     os.replace(part, out)
 
 
-def _write_smollm2(out: pathlib.Path) -> None:
+def _rows_and_weights(rows: np.ndarray, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    named = {f"weights/{name}": np.asarray(value, np.float32) for name, value in weights.items()}
+    return {"rows": rows, "tokens": rows[:2, :24], **named}
+
+
+def _write_smollm2() -> None:
     from interp_jax.activations.wikipedia import reference_rows
     from interp_jax.models.flax_llama import load_smollm2
 
@@ -105,8 +128,23 @@ def _write_smollm2(out: pathlib.Path) -> None:
         for group in ("self_attn", "mlp"):
             for name, each in block[group].items():
                 weights[f"model.layers.{layer}.{group}.{name}.weight"] = each["kernel"].T
-    write(out, weights, model.forward, model.params, np.asarray(reference_rows(model.tokenizer))[:16, :128])
+    rows = np.asarray(reference_rows(model.tokenizer))[:16, :128]
+    write_pass("smollm2", model.forward, model.params, rows, _rows_and_weights(rows, weights))
+
+
+def _write_gemma3_weights() -> None:
+    from interp_jax import installed_data
+    from interp_jax.activations.wikipedia import reference_rows
+    from interp_jax.models.gemma3_gguf import hugging_face_weights
+    from interp_jax.models.gguf_file import GgufFile
+    from interp_jax.models.tokenizer import Tokenizer
+
+    gguf_file = GgufFile(installed_data.find("gemma3"))
+    tokenizer = Tokenizer.from_gguf(gguf_file)
+    # Without its begin-of-text token the model is lost.
+    rows = np.insert(np.asarray(reference_rows(tokenizer))[:16, :127], 0, tokenizer.bos_id, axis=1)
+    save(FOLDER / "gemma3.npz", _rows_and_weights(rows, hugging_face_weights(gguf_file)))
 
 
 if __name__ == "__main__":
-    {"smollm2": _write_smollm2}[sys.argv[1]](pathlib.Path(sys.argv[2]))
+    {"smollm2": _write_smollm2, "gemma3-weights": _write_gemma3_weights}[sys.argv[1]]()
