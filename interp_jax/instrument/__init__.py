@@ -7,6 +7,7 @@ from interp_jax.instrument.harvest import ReapError as ReapError
 from interp_jax.instrument.harvest import call_and_reap as call_and_reap
 from interp_jax.instrument.harvest import sow as sow
 from interp_jax.instrument.inject import inject as inject
+from interp_jax.instrument.layer_scan import in_layer as in_layer
 from interp_jax.instrument.layer_scan import layer_scan as layer_scan
 from interp_jax.instrument.list_sites import SiteInfo as SiteInfo
 from interp_jax.instrument.list_sites import SiteTable as SiteTable

@@ -47,7 +47,7 @@ from interp_jax.instrument.rehearsal import Body, Fragment, Occurrence, Point, R
 from interp_jax.instrument.running_pass import PassState, SiteError
 from interp_jax.instrument.sow import sow_value
 
-__all__ = ["layer_scan"]
+__all__ = ["in_layer", "layer_scan"]
 
 Carry = TypeVar("Carry")
 
@@ -99,6 +99,31 @@ def layer_scan(
         )
     assert isinstance(surrounding, _Eager | _Silent | _Discovery | _Assembly)
     return surrounding.scan(call)
+
+
+@contextlib.contextmanager
+def in_layer(number: int) -> Iterator[None]:
+    """Gives the sites in the block a layer: for a Python loop over layers whose code may as well be scanned.
+
+    ```python
+    for number, block in enumerate(blocks):
+        with in_layer(number):
+            x = block(x)  # its sites take no layer=, as in the body of a layer_scan
+    ```
+
+    A `layer_scan` in the block counts on: `number * length + inner`. Inside the body of a layer_scan, or inside another
+    `in_layer`, the outer one tells the layer and this one does nothing.
+
+    Args:
+        number: the layer.
+    """
+    state = running_pass.innermost_pass()
+    surrounding = running_pass.surroundings.get()
+    if state is None or (surrounding is not None and surrounding.state is state):
+        yield
+        return
+    with _surrounded_by(_Eager(state, number, 0)):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +261,7 @@ def _refuse_layer(name: str, layer: int | None) -> None:
     if layer is not None:
         raise SiteError(
             f"site {name!r} in the body of a layer_scan was given layer={layer}: the scan knows the layer, so leave it "
-            "out (first_layer= of layer_scan says with which number it begins)"
+            "out (first_layer= of layer_scan says with which number it begins; in_layer knows it, too)"
         )
 
 
@@ -258,7 +283,7 @@ class _Silent:
 
 @dataclasses.dataclass(frozen=True)
 class _Eager:
-    """One iteration of a scan that runs as a Python loop."""
+    """One iteration of a scan that runs as a Python loop, or of a loop over layers that is one."""
 
     state: PassState
     index: int
