@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from interp_jax.patching.errors import PatchError
+
 app = tyro.extras.SubcommandApp()
 
 
@@ -79,6 +81,29 @@ def sites(
     print(table if layer is None else SiteTable(tuple(row for row in table if row.layer == layer)))
 
 
+@app.command(name="patches")
+def patches(
+    action: Annotated[Literal["list", "check", "show"], tyro.conf.Positional],
+    name: Annotated[str | None, tyro.conf.Positional] = None,
+) -> None:
+    """Patch sets for model libraries: which there are, whether they fit what is installed, what they make of it.
+
+    `check` exits with 1 if a pair does not match; a set whose library is not installed counts only if it is named.
+
+    Args:
+        action: `list` the sets; `check` each pair against what is installed; `show` the library as patched, as a diff.
+        name: Which set, or the path of a file; all when left out. `show` needs one.
+    """
+    from interp_jax import patches_command
+
+    action_of = {
+        "list": patches_command.show_list,
+        "check": patches_command.check_sets,
+        "show": patches_command.show_diff,
+    }
+    sys.exit(action_of[action](name))
+
+
 def main() -> None:
     """Runs the command line."""
     try:
@@ -88,7 +113,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, PatchError) as error:
         if os.environ.get("INTERP_JAX_TRACEBACK"):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -17,6 +17,10 @@ with patching.Patcher(module, {"Block.__call__": ["self.mlp($x)", "site(self.mlp
 This package imports no JAX, so it can patch a library before JAX is loaded, and patches programs that never load it.
 """
 
+from interp_jax.patching.checking import PairReport as PairReport
+from interp_jax.patching.checking import SetReport as SetReport
+from interp_jax.patching.checking import check as check
+from interp_jax.patching.checking import patched_texts as patched_texts
 from interp_jax.patching.errors import AlreadyImportedError as AlreadyImportedError
 from interp_jax.patching.errors import ConflictError as ConflictError
 from interp_jax.patching.errors import DefinitionError as DefinitionError

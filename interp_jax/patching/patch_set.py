@@ -16,13 +16,23 @@ before = 'self.embed_tokens(input_ids.astype("i4"))'
 after = 'site(self.embed_tokens(input_ids.astype("i4")), "embed")'
 ```
 
-Files are looked for in the checkout's `patches/` and in the wheel's `interp_jax/patches/`.
+Files are looked for in this order, and the first of a name is taken:
+
+1. the folders that the environment variable `INTERP_JAX_PATCHES` lists, for a user's own sets, also in place of ours;
+2. the checkout's `patches/`, which in the wheel is `interp_jax/patches/`;
+3. other distributions' packages that are named by entry points of the group `interp_jax.patches`: the files in the
+package's
+   folder, which is not imported for it.
+
+A path that ends in `.toml` is a name as well.
 
 Reading a set parses its patterns, so a fault in one is found there, with its line. A set holds code that will run in
 the library's modules: install only sets that you would import.
 """
 
 import dataclasses
+import importlib.metadata
+import os
 import pathlib
 import re
 import sys
@@ -30,15 +40,21 @@ import tomllib
 from typing import Any
 
 from interp_jax.patching.errors import PatchSetError, UnknownPatchSetError
+from interp_jax.patching.installed_source import find_spec
 from interp_jax.patching.pair import Pair
 from interp_jax.patching.patched_module import lock
 from interp_jax.patching.patcher import Patcher
 from interp_jax.patching.pattern import Origin
 
-_PACKAGE = pathlib.Path(__file__).resolve().parent.parent
-_FOLDERS = (_PACKAGE.parent / "patches", _PACKAGE / "patches")
+FOLDERS_VARIABLE = "INTERP_JAX_PATCHES"
+"""The environment variable that lists a user's own folders of patch sets."""
+ENTRY_POINTS = "interp_jax.patches"
+"""The entry points by which other distributions name packages that hold patch sets."""
 
-_installed: dict[str, "PatchSet"] = {}
+_PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+_OWN_FOLDERS = (_PACKAGE.parent / "patches", _PACKAGE / "patches")
+
+_installed: dict[pathlib.Path, "PatchSet"] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +93,26 @@ class PatchSet:
             members: dict[str, list[Pair]] = {}
             for each in pairs:
                 members.setdefault(each.member, []).append(each.pair)
-            known = f"{self.distribution} {self.versions}"
+            known = f"{self.distribution} {self.versions} (interp-jax patches check {self.name} tells more)"
             made.append(Patcher(module, members, imports=self.imports, known_versions=known))
         return made
 
 
 def known() -> dict[str, pathlib.Path]:
-    """The patch sets that there are: name to file."""
-    return {
-        path.stem: path for folder in reversed(_FOLDERS) if folder.is_dir() for path in sorted(folder.glob("*.toml"))
-    }
+    """The patch sets that there are: name to file, by name."""
+    files: dict[str, pathlib.Path] = {}
+    for folder in _folders():
+        if folder.is_dir():
+            for path in folder.glob("*.toml"):
+                files.setdefault(path.stem, path)
+    return dict(sorted(files.items()))
 
 
-def load(name: str) -> PatchSet:
+def load(name: str | os.PathLike[str]) -> PatchSet:
     """Reads a patch set.
 
     Args:
-        name: its name, such as `"transformers"`.
+        name: its name, such as `"transformers"`, or the path of a file that ends in `.toml`.
 
     Returns:
         The set, with file and line of every pattern.
@@ -102,22 +121,28 @@ def load(name: str) -> PatchSet:
         UnknownPatchSetError: there is none of that name; lists those that exist and where they were looked for.
         PatchSetError: the file is not a patch set.
     """
+    if os.fspath(name).endswith(".toml"):
+        path = pathlib.Path(name).resolve()
+        if not path.is_file():
+            raise UnknownPatchSetError(f"There is no file {path}.")
+        return _read(path)
     files = known()
     if name not in files:
         raise UnknownPatchSetError(
             f"There is no patch set {name!r}. Known: {', '.join(files) or 'none'} "
-            f"(looked for in {', '.join(str(folder) for folder in _FOLDERS)})."
+            f"(looked for in {', '.join(str(folder) for folder in _folders())}). Your own can be given by its path, "
+            f"or lie in a folder that {FOLDERS_VARIABLE} names."
         )
-    return _read(files[name])
+    return _read(files[os.fspath(name)])
 
 
-def install(name: str) -> PatchSet:
+def install(name: str | os.PathLike[str]) -> PatchSet:
     """Installs a patch set: modules not yet imported are patched on import, the others in place.
 
     A second call for the same set does nothing.
 
     Args:
-        name: its name, such as `"transformers"`.
+        name: its name, such as `"transformers"`, or the path of a file that ends in `.toml`.
 
     Returns:
         The set.
@@ -128,9 +153,9 @@ def install(name: str) -> PatchSet:
             raises it.
     """
     with lock:
-        if name in _installed:
-            return _installed[name]
         patch_set = load(name)
+        if patch_set.path in _installed:
+            return _installed[patch_set.path]
         done: list[Patcher] = []
         try:
             for patcher in patch_set.patchers():
@@ -143,8 +168,15 @@ def install(name: str) -> PatchSet:
             for patcher in reversed(done):
                 patcher.uninstall()
             raise
-        _installed[name] = patch_set
+        _installed[patch_set.path] = patch_set
         return patch_set
+
+
+def _folders() -> list[pathlib.Path]:
+    own = [pathlib.Path(each).expanduser() for each in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if each]
+    specs = [find_spec(each.module) for each in importlib.metadata.entry_points(group=ENTRY_POINTS)]
+    others = [pathlib.Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    return [*own, *_OWN_FOLDERS, *others]
 
 
 def _read(path: pathlib.Path) -> PatchSet:

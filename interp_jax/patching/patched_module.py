@@ -88,7 +88,7 @@ class PatchedModule:
         namespace = self._namespace
         assert namespace is not None
         assert self._ran is not None
-        layout = self._rewritten(requests)
+        layout = self.rewritten(requests)
         tree = self.source.tree if layout is None else layout.parse(self.source.filename)
         code = self._pristine if layout is None else _compile(tree, self.source.filename)
         injected = self._imports(requests, namespace)
@@ -132,7 +132,7 @@ class PatchedModule:
         Raises:
             PatchError: they cannot all be made. The module has not run then.
         """
-        layout = self._rewritten(requests)
+        layout = self.rewritten(requests)
         code = self._pristine if layout is None else _compile(layout.parse(self.source.filename), self.source.filename)
         injected = self._imports(requests, {})
         own = _names_bound_by(self.source)
@@ -153,7 +153,12 @@ class PatchedModule:
 
     # -------------------------------------------------------------- planning
 
-    def _rewritten(self, requests: Sequence[Request]) -> Layout | None:
+    def rewritten(self, requests: Sequence[Request]) -> Layout | None:
+        """The module's text with these patches, or None where they patch nothing.
+
+        Raises:
+            PatchError: they cannot all be made.
+        """
         source = self.source
         edits = []
         for request in requests:

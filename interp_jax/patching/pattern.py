@@ -109,6 +109,11 @@ def _encode(found: re.Match[str]) -> str:
     return ("*" + _RUN_MARK if found["run"] else _MARK) + found["name"]
 
 
+def as_metavariable(name: str) -> str:
+    """The identifier that stands for `$name` in a pattern's tree."""
+    return _MARK + name
+
+
 def metavariable(node: object) -> str | None:
     """The name that a pattern node binds (`x` for `$x`), or None for an ordinary node. An identifier is a node, too."""
     name = node.id if isinstance(node, ast.Name) else node

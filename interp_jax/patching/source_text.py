@@ -111,6 +111,10 @@ class SourceText:
             found += list(dict.fromkeys(s for s in inner if s.name in used))
         return found
 
+    def is_class(self, member: str) -> bool:
+        """Whether a member is a class."""
+        return any(isinstance(statement, ast.ClassDef) for statement in self.definitions(member))
+
     def imported_from(self, member: str, module: str) -> tuple[str, str] | None:
         """Where a member comes from that the source only imports.
 

@@ -37,7 +37,7 @@ after = 'return sqrt(y)'
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(patch_set, "_FOLDERS", (tmp_path,))
+    monkeypatch.setattr(patch_set, "_OWN_FOLDERS", (tmp_path,))
     return tmp_path
 
 
