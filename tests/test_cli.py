@@ -16,7 +16,7 @@ def run(*arguments, expect=0):
 
 def test_help_names_the_commands_and_imports_no_jax():
     text = run("--help").stdout
-    for command in ("demo", "data", "sites"):
+    for command in ("demo", "data", "sites", "patches"):
         assert command in text
     code = "import sys; sys.argv = ['interp-jax', '--help']\nimport interp_jax.cli\nassert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -37,7 +37,7 @@ def test_a_layer_that_does_not_exist():
 
 def test_data_status_tells_of_each_file():
     lines = run("data", "status").stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["smollm2", "wikipedia"]
+    assert [line.split(":")[0] for line in lines] == ["smollm2", "wikipedia", "gemma3"]
 
 
 @pytest.mark.parametrize("arguments", [("data", "get", "nothing"), ("dance",)])

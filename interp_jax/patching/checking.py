@@ -19,8 +19,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
 from interp_jax.patching.errors import PatchError, SourceError
 from interp_jax.patching.installed_source import installed_source, installed_version, modules_of
 from interp_jax.patching.matching import find
@@ -74,6 +72,8 @@ class SetReport:
     @property
     def is_known_version(self) -> bool:
         """Whether the set says that it is known to match the installed version."""
+        from packaging.specifiers import InvalidSpecifier, SpecifierSet  # Half of this package's import time otherwise.
+
         try:
             return self.installed is not None and SpecifierSet(self.patch_set.versions, prereleases=True).contains(
                 self.installed
