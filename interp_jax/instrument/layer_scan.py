@@ -304,16 +304,18 @@ def _run_eagerly(call: _Call, state: PassState, offset: int) -> tuple[Any, Any]:
     ys: dict[int, Any] = {}
     for number in Body(call.length, 0, call.reverse, False).iterations():
         x = jax.tree.map(lambda leaf, number=number: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), xs)
-        before = jax.tree.map(_type, carry)
+        before = _types(carry)
         carry, ys[number] = _in(call, _Eager(state, offset + number, call.first_layer))(carry, x)
-        if jax.tree.map(_type, carry) != before:
+        if _types(carry) != before:
             # Raises what JAX has to say of a carry that changes its type, if it does not mend it.
             jax.eval_shape(lambda init, xs: call.scan(_in(call, _Silent(state)), init, xs), call.init, call.xs)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(ys[number] for number in range(call.length)))
 
 
-def _type(leaf: Any) -> tuple[Any, Any]:
-    return jnp.shape(leaf), jnp.result_type(leaf)
+def _types(tree: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    """What a carry must keep. Not as a tree: a library's containers may refuse such leaves, or compare oddly."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
 # Discovery

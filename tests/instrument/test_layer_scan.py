@@ -514,6 +514,35 @@ def test_a_carry_that_changes_its_type_is_jaxs_own_error_and_a_weak_one_is_promo
 # One-liners
 
 
+@jax.tree_util.register_pytree_node_class
+class _Column:
+    """As a library's array with named axes: a pytree that is compared entry by entry, and holds nothing but arrays."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __eq__(self, other):
+        return self.array.shape == other.array.shape and self.array == other.array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@arounds
+def test_a_carry_of_containers_that_are_not_plain(around):
+    def boxed(x, w):
+        return ij.layer_scan(lambda x, w: (_Column(block(x.array, w, ij.site)), None), _Column(x), w)[0].array
+
+    _, values = around(lambda x, w: ij.fetch(boxed, "resid_post")(x, w))(X, W)
+    _, expected = ij.fetch(by_hand, "resid_post")(X, W)
+    assert values.keys() == expected.keys()
+    close(values, expected)
+
+
 @arounds
 def test_fetch_and_inject(around):
     out, values = around(ij.fetch(model, ("mlp_out", "logits")))(X, W)
