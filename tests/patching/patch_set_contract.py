@@ -92,13 +92,19 @@ def unpatched_logits(test_file: str, case: str) -> dict[str, np.ndarray]:
     Returns:
         `eager` and `compiled`, [batch, seq, vocab] each.
     """
+    return unpatched_logits_of_cases(test_file, [case])[case]
+
+
+def unpatched_logits_of_cases(test_file: str, cases: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
+    """`unpatched_logits` of several cases, in one process."""
+    cases = list(cases)
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "logits.npz"
-        command = [sys.executable, "-W", "ignore", __file__, test_file, case, str(out)]
+        command = [sys.executable, "-W", "ignore", __file__, test_file, str(out), *cases]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
         assert done.returncode == 0, done.stderr[-4000:]
         with np.load(out) as logits:
-            return {name: logits[name] for name in logits.files}
+            return {case: {kind: logits[f"{case}/{kind}"] for kind in ("eager", "compiled")} for case in cases}
 
 
 def check_unpatched_outputs(case: Case, unpatched: Mapping[str, np.ndarray]) -> None:
@@ -216,7 +222,7 @@ def check_agreement(actual: Mapping[Any, np.ndarray], expected: Mapping[Any, np.
         assert worst <= within, (site, worst)
 
 
-def _write_unpatched(test_file: str, case_name: str, out: str) -> None:
+def _write_unpatched(test_file: str, out: str, *case_names: str) -> None:
     spec = importlib.util.spec_from_file_location("case_module", test_file)
     assert spec is not None
     assert spec.loader is not None
@@ -224,10 +230,12 @@ def _write_unpatched(test_file: str, case_name: str, out: str) -> None:
     sys.path.insert(0, str(pathlib.Path(test_file).parent))
     sys.modules["case_module"] = module
     spec.loader.exec_module(module)
-    case = module.make_case(case_name)
-    eager = np.asarray(case.forward(case.params, case.tokens))
-    compiled = np.asarray(jax.jit(case.forward)(case.params, case.tokens))
-    np.savez(out, eager=eager, compiled=compiled)
+    logits: dict[str, np.ndarray] = {}
+    for name in case_names:
+        case = module.make_case(name)
+        logits[f"{name}/eager"] = np.asarray(case.forward(case.params, case.tokens))
+        logits[f"{name}/compiled"] = np.asarray(jax.jit(case.forward)(case.params, case.tokens))
+    np.savez(out, **logits)
 
 
 if __name__ == "__main__":
