@@ -37,6 +37,8 @@ test-patches: $(LIBRARIES:%=test-patches-%) ## the patch sets of libraries that 
 test-patches-%: .venv-patches/%/.done .venv-patches/references/smollm2.npz
 	.venv-patches/$*/bin/python -m pytest tests/patching/libraries/test_$*.py
 
+test-patches-gemma test-patches-tunix: .venv-patches/references/gemma3-sites.npz
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,12 +100,16 @@ LISTS := tests/patching/libraries/environments
 	$(INSTALL) --python .venv-patches/$*/bin/python --no-deps -r $(LISTS)/$*.alone.txt
 	@touch $@
 
-.venv-patches/references/smollm2.npz: $(VENV)/.demo
+# Not made anew whenever an environment is: they hold what models computed, not how.
+.venv-patches/references/smollm2.npz: | $(VENV)/.demo
 	JAX_PLATFORMS=cpu $(BIN)/python -W ignore tests/patching/libraries/real_weights.py smollm2
 
-.venv-patches/references/gemma3.npz: $(VENV)/.demo
+.venv-patches/references/gemma3.npz: | $(VENV)/.demo
 	$(BIN)/interp-jax data get gemma3
 	JAX_PLATFORMS=cpu $(BIN)/python tests/patching/libraries/real_weights.py gemma3-weights
+
+.venv-patches/references/gemma3-sites.npz: .venv-patches/references/gemma3.npz | .venv-patches/gemma/.done
+	JAX_PLATFORMS=cpu .venv-patches/gemma/bin/python -W ignore tests/patching/libraries/gemma3_270m.py
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(INSTALL) --python $(BIN)/python -c constraints.txt -e '.[demo,docs]'

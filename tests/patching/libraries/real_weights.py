@@ -10,7 +10,7 @@ that a library's environment needs no tokenizer, no text and no other library:
 - `tokens`: 2 rows of 24 tokens; `sites/LAYER/NAME` (LAYER empty for the whole model's): every site of a pass over them.
 
 NAME is `smollm2`, which transformers' Flax classes run, or `gemma3-weights`, which they cannot: `loss` and `sites` are
-then written by `write_pass` to a second file, in the environment of the first library that can.
+then written to a second file, gemma3-sites.npz, where the library gemma is installed (gemma3_270m.py).
 """
 
 import os
@@ -69,11 +69,23 @@ class RealWeights:
 
 
 def mean_loss(logits: np.ndarray, rows: np.ndarray) -> float:
-    """The mean next-token loss, in nats, in float64."""
-    logits = np.asarray(logits[:, :-1], np.float64)
-    highest = logits.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(logits - highest).sum(-1)) + highest[..., 0]
-    return float((log_sum - np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]).mean())
+    """The mean next-token loss, in nats, in float64; row by row, since a vocabulary may be large."""
+    losses = []
+    for row, tokens in zip(logits, rows, strict=True):
+        row = np.asarray(row[:-1], np.float64)
+        highest = row.max(-1, keepdims=True)
+        log_sum = np.log(np.exp(row - highest).sum(-1)) + highest[..., 0]
+        losses.append((log_sum - np.take_along_axis(row, tokens[1:, None], -1)[..., 0]).mean())
+    return float(np.mean(losses))
+
+
+def loss_of(forward: Any, params: Any, rows: np.ndarray) -> float:
+    """The mean next-token loss of `forward(params, tokens) -> logits` on rows, a few at a time, compiled."""
+    import jax
+
+    compiled = jax.jit(forward)
+    parts = np.split(rows, len(rows) // 4)
+    return float(np.mean([mean_loss(np.asarray(compiled(params, part)), part) for part in parts]))
 
 
 def write_pass(name: str, forward: Any, params: Any, rows: np.ndarray, contents: dict[str, Any]) -> None:
@@ -86,17 +98,14 @@ def write_pass(name: str, forward: Any, params: Any, rows: np.ndarray, contents:
         rows: [16, 128].
         contents: what else to write.
     """
-    import jax
-
     import interp_jax as ij
 
-    logits = np.concatenate([np.asarray(jax.jit(forward)(params, part)) for part in np.split(rows, 4)])
     _, sites = ij.fetch(forward)(params, rows[:2, :24])
     values = {
         f"sites/{'' if layer is None else layer}/{site}": np.asarray(value, np.float32)
         for (layer, site), value in sites.items()
     }
-    save(FOLDER / f"{name}.npz", {"loss": mean_loss(logits, rows), **values, **contents})
+    save(FOLDER / f"{name}.npz", {"loss": loss_of(forward, params, rows), **values, **contents})
 
 
 def save(out: pathlib.Path, contents: dict[str, Any]) -> None:

@@ -1,0 +1,4 @@
+"""Names of a batch's entries, which only the framework reads."""
+
+Key = str
+REQUIRED = "REQUIRED"
