@@ -229,6 +229,7 @@ def train(config: TrainTinyConfig, texts: Texts, console: Console) -> tuple[Tran
             context=config.context,
         ),
         jax.random.key(config.seed),
+        layers="unrolled",  # every layer's dropout is another: stacked, that is one branch a layer
     )
     optimizer = make_optimizer(config)
 

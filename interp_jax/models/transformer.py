@@ -1,41 +1,45 @@
 """The project's own decoder-only transformer, every site of the design in place.
 
-One class, driven by one frozen config. What stands today is the Llama-like core: RMSNorm or LayerNorm before each
-half of a block, rotary positions, grouped-query attention, a gated or a plain MLP, tied or untied unembedding. A new
-family is a new field of `TransformerConfig` and a branch where the quantity is computed, not a new class.
+One class, driven by one frozen config (`transformer_config.py`), covers GPT-2, GPT-Neo, GPT-NeoX, Llama, Mistral, Qwen
+and Gemma. Weights from their authors come through `hugging_face.py` and `gguf_model.py`.
 
 A `Transformer` is a `flax.nnx` module and thereby a pytree: pass it as the parameters of a pure function, and use
 plain `jax.jit`, `jax.grad` and optax on it. `apply` is that pure function.
 
-What each site holds (b = batch, s = seq; `query` and `key` both run over seq):
+What each site holds (b = batch, s = seq; `query` and `key` both run over seq; with a cache, `key` over its slots):
 
 | site | layer | shape | value |
 |---|---|---|---|
-| embed | None | b s d_model | row of `W_embed` of each token |
+| embed | None | b s d_model | what enters the first block: rows of `W_embed`, scaled, positions added |
 | resid_pre | 0.. | b s d_model | the residual stream as it enters the block |
 | attn_in | 0.. | b s d_model | normed `resid_pre` |
-| q | 0.. | b s n_heads d_head | query as it enters the scores: after rotary, before the scale |
-| k, v | 0.. | b s n_kv_heads d_head | key after rotary, value; one for each group of heads |
-| attn_logits | 0.. | b n_heads query key | q.k / sqrt(d_head), before the causal mask |
+| q | 0.. | b s n_heads d_head | query as it enters the scores: normed, after rotary, before the scale |
+| k, v | 0.. | b s n_kv_heads d_head | key likewise, value; one for each group of heads |
+| attn_logits | 0.. | b n_heads query key | q.k times the scale, soft-capped, before the mask |
 | attn_probs | 0.. | b n_heads query key | after mask and softmax |
 | attn_heads | 0.. | b s n_heads d_head | what each head reads, before the output projection |
-| attn_out | 0.. | b s d_model | what attention adds to the stream |
-| resid_mid | 0.. | b s d_model | `resid_pre + attn_out` |
+| attn_out | 0.. | b s d_model | what attention adds to the stream (after a post-norm) |
+| resid_mid | 0.. | b s d_model | `resid_pre + attn_out`; not in a parallel block |
 | mlp_in | 0.. | b s d_model | normed `resid_mid` |
 | mlp_pre | 0.. | b s d_mlp | what goes into the nonlinearity (of a gated MLP: the gate) |
 | mlp_act | 0.. | b s d_mlp | the neurons: what `W_out` reads (of a gated MLP: gate times linear part) |
-| mlp_out | 0.. | b s d_model | what the MLP adds to the stream |
+| mlp_out | 0.. | b s d_model | what the MLP adds to the stream (after a post-norm) |
 | resid_post | 0.. | b s d_model | `resid_mid + mlp_out` |
 | final_norm | None | b s d_model | normed last `resid_post` |
-| logits | None | b s vocab_size | unnormalised log-probabilities of the next token |
+| logits | None | b s vocab_size | unnormalised log-probabilities of the next token, soft-capped |
+
+Layers are *stacked* (every parameter of the blocks has a leading axis of layers, and `ij.layer_scan` goes over them:
+the program is that of one layer) or *unrolled* (a Python loop over modules: XLA sees each layer by itself, which on a
+CPU saves a copy of the weights a pass, and costs compile time). `stacked` and `unrolled` turn one into the other. Both
+give the same values and the same sites.
 
 Hazards:
 - `attn_logits` stands before the mask, so that its entries are finite and an edit cannot let a position see its
   future. An edit of the entries above the diagonal therefore does nothing.
-- Layers are a Python loop: tracing and compiling grow with `n_layers`.
 - A token id outside the vocabulary gives NaN logits for its row: under jit nothing can raise, and clamping the id
   silently, as indexing in JAX does, would hide the fault.
-- Norms and the softmax are computed in float32 whatever the parameters' dtype.
+- Norms, the softmax and rotary angles are computed in float32 whatever the dtype.
+- Padding: what stands at a position that is no token is finite and means nothing.
 """
 
 import dataclasses
@@ -43,7 +47,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,96 +55,121 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
-from interp_jax.instrument import site
+from interp_jax.instrument import in_layer, layer_scan, site
+from interp_jax.models.transformer_config import TransformerConfig as TransformerConfig
 from interp_jax.whole_file import write_whole
 
 _INIT_STD = 0.02  # GPT-2's, for every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
 
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Shape and kind of a `Transformer`.
-
-    Raises:
-        ValueError: A size below 1, heads that do not share out evenly over key-value heads, an odd `d_head`, or an
-            unknown norm or activation.
-    """
-
-    vocab_size: int
-    """Number of token ids."""
-    d_model: int
-    """Width of the residual stream."""
-    n_layers: int
-    """Number of blocks."""
-    n_heads: int
-    """Number of query heads."""
-    n_kv_heads: int
-    """Number of key and value heads; each serves n_heads / n_kv_heads query heads, in order."""
-    d_head: int
-    """Width of one head; even, for rotary turns pairs of coordinates."""
-    d_mlp: int
-    """Number of neurons in an MLP."""
-    context: int
-    """Longest sequence, in tokens."""
-    norm: str = "rms"
-    """'rms' is RMSNorm (a scale), 'layer' is LayerNorm (a scale and a bias)."""
-    norm_epsilon: float = 1e-5
-    """Added to the mean square or variance under the root."""
-    activation: str = "silu"
-    """Nonlinearity of the MLP: 'silu', or 'gelu_tanh', GPT-2's tanh form of GELU."""
-    gated_mlp: bool = True
-    """Whether the MLP is act(x W_gate) * (x W_in) or plain act(x W_in)."""
-    rotary_base: float = 10000.0
-    """Rotary frequency i of d_head / 2 is rotary_base ** (-2 i / d_head) radians a position."""
-    tied_embeddings: bool = True
-    """Whether the unembedding is the transpose of the embedding."""
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "context")
-        for size in sizes:
-            if getattr(self, size) < 1:
-                raise ValueError(f"TransformerConfig.{size} is {getattr(self, size)}; it must be at least 1.")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"TransformerConfig has n_heads={self.n_heads} and n_kv_heads={self.n_kv_heads}; "
-                "n_heads must be a multiple of n_kv_heads."
-            )
-        if self.d_head % 2:
-            raise ValueError(f"TransformerConfig.d_head is {self.d_head}; rotary positions need an even one.")
-        if self.norm not in ("rms", "layer"):
-            raise ValueError(f"TransformerConfig.norm is {self.norm!r}; it must be one of 'rms', 'layer'.")
-        if self.activation not in _ACTIVATIONS:
-            known = ", ".join(map(repr, _ACTIVATIONS))
-            raise ValueError(f"TransformerConfig.activation is {self.activation!r}; it must be one of {known}.")
-
-
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
 }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values of the tokens that a model has seen, for each layer; one more pass needs only the new tokens."""
+
+    k: Float[Array, "n_layers batch slots n_kv_heads d_head"]
+    """After rotary."""
+    v: Float[Array, "n_layers batch slots n_kv_heads d_head"]
+    """Values."""
+    positions: Int[Array, "batch slots"]
+    """Each slot's position in its row; -1 where it is empty or holds padding."""
+    n_filled: Int[Array, ""]
+    """How many slots are filled, the same in every row."""
+
+
+def empty_cache(model: "Transformer", batch: int, slots: int) -> KeyValueCache:
+    """A cache with nothing in it.
+
+    Args:
+        model: Whose keys and values it will hold; its shapes are enough.
+        batch: Rows.
+        slots: How many tokens a row can hold, padding included.
+
+    Returns:
+        The cache, in the dtype of the model's computation.
+    """
+    c = model.config
+    zeros = jnp.zeros((c.n_layers, batch, slots, c.n_kv_heads, c.d_head), model.compute_dtype)
+    return KeyValueCache(zeros, zeros, jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rotary:
+    """Cosine and sine of each position's angles, [rows, seq, 1, n_rotary / 2] in float32; rows is batch or 1."""
+
+    cos: Array
+    sin: Array
+
+    @staticmethod
+    def at(positions: Int[Array, "rows seq"], frequencies: np.ndarray) -> "_Rotary":
+        angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+        return _Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Reach:
+    """What depends on whether a layer is local: the angles, and which key a query sees [rows, 1, query, key]."""
+
+    rotary: _Rotary | None
+    sees: Bool[Array, "rows 1 query key"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Surroundings:
+    """What every layer shares."""
+
+    everywhere: _Reach | None
+    local: _Reach | None
+    start: Any
+    """The first free slot of the cache; None without one."""
+
+    def reach(self, is_local: bool | Bool[Array, ""]) -> _Reach:
+        """That of one layer. Where it is only known as the scan runs, both are there and one is selected."""
+        if self.everywhere is None or self.local is None:
+            found = self.everywhere or self.local
+            assert found is not None
+            return found
+        if isinstance(is_local, bool):
+            return self.local if is_local else self.everywhere
+        return jax.tree.map(lambda a, b: jnp.where(is_local, a, b), self.local, self.everywhere)
 
 
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis.
 
-    Parameters: `scale[d_model]`; for LayerNorm also `bias[d_model]`.
+    Parameters: `scale[width]`; for LayerNorm also `bias[width]`.
     """
 
-    def __init__(self, config: TransformerConfig, dtype: DTypeLike = jnp.float32) -> None:
-        self.epsilon = config.norm_epsilon
-        self.is_layer_norm = config.norm == "layer"
-        self.scale = nnx.Param(jnp.ones(config.d_model, dtype))
+    def __init__(
+        self, config: TransformerConfig, dtype: DTypeLike = jnp.float32, *, width: int | None = None, rms: bool = False
+    ) -> None:
+        self.epsilon, self.offset = config.norm_epsilon, config.norm_offset
+        self.is_layer_norm = config.norm == "layer" and not rms
+        width = config.d_model if width is None else width
+        self.scale = nnx.Param(jnp.full(width, 1 - config.norm_offset, dtype))
         if self.is_layer_norm:
-            self.bias = nnx.Param(jnp.zeros(config.d_model, dtype))
+            self.bias = nnx.Param(jnp.zeros(width, dtype))
 
-    def __call__(self, x: Float[Array, "*rows d_model"]) -> Float[Array, "*rows d_model"]:
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         wide = x.astype(jnp.float32)
         if self.is_layer_norm:
             wide = wide - wide.mean(axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        wide = wide * self.scale[...].astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32)
+        wide = wide * (scale + self.offset if self.offset else scale)
         if self.is_layer_norm:
             wide = wide + self.bias[...].astype(jnp.float32)
         return wide.astype(x.dtype)
@@ -159,19 +188,30 @@ def rotate(x: Float[Array, "batch seq heads d_head"], base: float) -> Float[Arra
     Returns:
         The turned queries or keys, in `x`'s dtype.
     """
-    half = x.shape[-1] // 2
-    # In float64 on the host: these are constants of the trace, and float32 loses digits at far positions.
-    angle = np.arange(x.shape[1])[:, None] * base ** (-np.arange(half) / half)
-    cos, sin = (jnp.asarray(f(angle)[:, None, :], jnp.float32) for f in (np.cos, np.sin))
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    frequencies = base ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    return _turn(x, _Rotary.at(jnp.arange(x.shape[1])[None], frequencies))
+
+
+def _turn(x: Float[Array, "batch seq heads d_head"], rotary: _Rotary) -> Float[Array, "batch seq heads d_head"]:
+    """Turns the first coordinates of each head, as many as there are angles for, half against half."""
+    half = rotary.cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = rotary.cos, rotary.sin
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(each.astype(x.dtype) for each in turned), rest], axis=-1)
+
+
+def _soft_capped(x: Array, cap: float | None) -> Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query self-attention with rotary positions.
+    """Causal grouped-query self-attention.
 
     Parameters: `W_q[d_model, n_heads, d_head]`, `W_k[d_model, n_kv_heads, d_head]`,
-    `W_v[d_model, n_kv_heads, d_head]`, `W_o[n_heads, d_head, d_model]`.
+    `W_v[d_model, n_kv_heads, d_head]`, `W_o[n_heads, d_head, d_model]`; where the config has them also
+    `b_q[n_heads, d_head]`, `b_k[n_kv_heads, d_head]`, `b_v[n_kv_heads, d_head]`, `b_o[d_model]`,
+    `q_norm.scale[d_head]`, `k_norm.scale[d_head]`.
     """
 
     def __init__(self, config: TransformerConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> None:
@@ -181,32 +221,55 @@ class Attention(nnx.Module):
         self.W_k = nnx.Param(_normal(keys[1], (c.d_model, c.n_kv_heads, c.d_head), dtype))
         self.W_v = nnx.Param(_normal(keys[2], (c.d_model, c.n_kv_heads, c.d_head), dtype))
         self.W_o = nnx.Param(_normal(keys[3], (c.n_heads, c.d_head, c.d_model), dtype, c.n_layers))
+        if c.qkv_bias:
+            self.b_q = nnx.Param(jnp.zeros((c.n_heads, c.d_head), dtype))
+            self.b_k = nnx.Param(jnp.zeros((c.n_kv_heads, c.d_head), dtype))
+            self.b_v = nnx.Param(jnp.zeros((c.n_kv_heads, c.d_head), dtype))
+        if c.attn_out_bias:
+            self.b_o = nnx.Param(jnp.zeros(c.d_model, dtype))
+        if c.qk_norm:
+            self.q_norm = Norm(c, dtype, width=c.d_head, rms=True)
+            self.k_norm = Norm(c, dtype, width=c.d_head, rms=True)
 
-    def __call__(self, x: Float[Array, "batch seq d_model"], layer: int) -> Float[Array, "batch seq d_model"]:
+    def __call__(self, x: Array, shared: _Surroundings, reach: _Reach, cache: Any) -> tuple[Array, Any]:
+        """What attention gives for `x[batch, seq, d_model]`, and the layer's keys and values with those of `x`."""
         batch, seq, _ = x.shape
         c = self.config
-        q = rotate(jnp.einsum("bsd,dhk->bshk", x, self.W_q[...]), c.rotary_base)
-        k = rotate(jnp.einsum("bsd,dhk->bshk", x, self.W_k[...]), c.rotary_base)
-        q, k = site(q, "q", layer=layer), site(k, "k", layer=layer)
-        v = site(jnp.einsum("bsd,dhk->bshk", x, self.W_v[...]), "v", layer=layer)
+        q, k, v = (self._projected(x, which) for which in "qkv")
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if reach.rotary is not None:
+            q, k = _turn(q, reach.rotary), _turn(k, reach.rotary)
+        q, k, v = site(q, "q"), site(k, "k"), site(v, "v")
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, shared.start, 1)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
 
         # Heads as (group, member): a group shares one key-value head, which is thus never copied out.
         grouped = q.reshape(batch, seq, c.n_kv_heads, -1, c.d_head)
-        logits = jnp.einsum("bqgmk,bsgk->bgmqs", grouped, k) / math.sqrt(c.d_head)
-        logits = site(logits.reshape(batch, c.n_heads, seq, seq), "attn_logits", layer=layer)
-        is_past = np.tril(np.ones((seq, seq), bool))
-        masked = jnp.where(is_past, logits.astype(jnp.float32), -jnp.inf)
-        probs = site(jax.nn.softmax(masked, axis=-1).astype(x.dtype), "attn_probs", layer=layer)
+        logits = _soft_capped(jnp.einsum("bqgmk,bsgk->bgmqs", grouped, k) * c.scale, c.attn_soft_cap)
+        logits = site(logits.reshape(batch, c.n_heads, seq, -1), "attn_logits")
+        # Not -inf: a position that is padding sees nothing, and its row shall be finite.
+        masked = jnp.where(reach.sees, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+        probs = site(jax.nn.softmax(masked, axis=-1).astype(x.dtype), "attn_probs")
 
-        heads = jnp.einsum("bgmqs,bsgk->bqgmk", probs.reshape(batch, c.n_kv_heads, -1, seq, seq), v)
-        heads = site(heads.reshape(batch, seq, c.n_heads, c.d_head), "attn_heads", layer=layer)
-        return jnp.einsum("bshk,hkd->bsd", heads, self.W_o[...])
+        heads = jnp.einsum("bgmqs,bsgk->bqgmk", probs.reshape(batch, c.n_kv_heads, -1, *probs.shape[2:]), v)
+        heads = site(heads.reshape(batch, seq, c.n_heads, c.d_head), "attn_heads")
+        out = jnp.einsum("bshk,hkd->bsd", heads, self.W_o[...].astype(x.dtype))
+        return out + self.b_o[...].astype(x.dtype) if c.attn_out_bias else out, (k, v)
+
+    def _projected(self, x: Array, which: str) -> Array:
+        projected = jnp.einsum("bsd,dhk->bshk", x, getattr(self, f"W_{which}")[...].astype(x.dtype))
+        return projected + getattr(self, f"b_{which}")[...].astype(x.dtype) if self.config.qkv_bias else projected
 
 
 class MLP(nnx.Module):
-    """Gated or plain two-layer perceptron, without biases.
+    """Gated or plain two-layer perceptron.
 
-    Parameters: `W_in[d_model, d_mlp]`, `W_out[d_mlp, d_model]`; gated also `W_gate[d_model, d_mlp]`.
+    Parameters: `W_in[d_model, d_mlp]`, `W_out[d_mlp, d_model]`; gated also `W_gate[d_model, d_mlp]`; with biases also
+    `b_in[d_mlp]`, `b_out[d_model]`, `b_gate[d_mlp]`.
     """
 
     def __init__(self, config: TransformerConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> None:
@@ -216,92 +279,239 @@ class MLP(nnx.Module):
         self.W_out = nnx.Param(_normal(keys[1], (c.d_mlp, c.d_model), dtype, c.n_layers))
         if c.gated_mlp:
             self.W_gate = nnx.Param(_normal(keys[2], (c.d_model, c.d_mlp), dtype))
+        if c.mlp_bias:
+            self.b_in = nnx.Param(jnp.zeros(c.d_mlp, dtype))
+            self.b_out = nnx.Param(jnp.zeros(c.d_model, dtype))
+            if c.gated_mlp:
+                self.b_gate = nnx.Param(jnp.zeros(c.d_mlp, dtype))
 
-    def __call__(self, x: Float[Array, "batch seq d_model"], layer: int) -> Float[Array, "batch seq d_model"]:
-        pre = x @ (self.W_gate if self.config.gated_mlp else self.W_in)[...]
-        act = _ACTIVATIONS[self.config.activation](site(pre, "mlp_pre", layer=layer))
-        if self.config.gated_mlp:
-            act = act * (x @ self.W_in[...])
-        return site(act, "mlp_act", layer=layer) @ self.W_out[...]
+    def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
+        is_gated = self.config.gated_mlp
+        act = _ACTIVATIONS[self.config.activation](site(self._mapped(x, "gate" if is_gated else "in"), "mlp_pre"))
+        act = act * self._mapped(x, "in") if is_gated else act
+        return self._mapped(site(act, "mlp_act"), "out")
+
+    def _mapped(self, x: Array, which: str) -> Array:
+        mapped = x @ getattr(self, f"W_{which}")[...].astype(x.dtype)
+        return mapped + getattr(self, f"b_{which}")[...].astype(x.dtype) if self.config.mlp_bias else mapped
 
 
 class Block(nnx.Module):
-    """One layer: attention, then MLP, each normed before and added to the residual stream after.
+    """One layer: attention and MLP, each normed before and added to the residual stream after.
 
-    Parts: `attn_norm`, `attn`, `mlp_norm`, `mlp`.
+    Parts: `attn_norm`, `attn`, `mlp_norm`, `mlp`; with post-norms also `attn_post_norm`, `mlp_post_norm`.
     """
 
     def __init__(self, config: TransformerConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> None:
+        self.config = config
         attn_key, mlp_key = jax.random.split(key)
         self.attn_norm = Norm(config, dtype)
         self.attn = Attention(config, attn_key, dtype)
         self.mlp_norm = Norm(config, dtype)
         self.mlp = MLP(config, mlp_key, dtype)
+        if config.post_norms:
+            self.attn_post_norm = Norm(config, dtype)
+            self.mlp_post_norm = Norm(config, dtype)
 
-    def __call__(self, x: Float[Array, "batch seq d_model"], layer: int) -> Float[Array, "batch seq d_model"]:
-        resid_pre = site(x, "resid_pre", layer=layer)
-        attn_in = site(self.attn_norm(resid_pre), "attn_in", layer=layer)
-        attn_out = site(self.attn(attn_in, layer), "attn_out", layer=layer)
-        resid_mid = site(resid_pre + attn_out, "resid_mid", layer=layer)
-        mlp_in = site(self.mlp_norm(resid_mid), "mlp_in", layer=layer)
-        mlp_out = site(self.mlp(mlp_in, layer), "mlp_out", layer=layer)
-        return site(resid_mid + mlp_out, "resid_post", layer=layer)
+    def __call__(self, x: Array, shared: _Surroundings, is_local: Any, cache: Any) -> tuple[Array, Any]:
+        """The stream `x[batch, seq, d_model]` after the layer, and its keys and values."""
+        resid_pre = site(x, "resid_pre")
+        attn_in = site(self.attn_norm(resid_pre), "attn_in")
+        attn_out, cache = self.attn(attn_in, shared, shared.reach(is_local), cache)
+        if self.config.post_norms:
+            attn_out = self.attn_post_norm(attn_out)
+        attn_out = site(attn_out, "attn_out")
+        if self.config.parallel_residual:
+            mlp_out = self._mlp_out(resid_pre)
+            return site(resid_pre + attn_out + mlp_out, "resid_post"), cache
+        resid_mid = site(resid_pre + attn_out, "resid_mid")
+        return site(resid_mid + self._mlp_out(resid_mid), "resid_post"), cache
+
+    def _mlp_out(self, stream: Array) -> Array:
+        mlp_out = self.mlp(site(self.mlp_norm(stream), "mlp_in"))
+        return site(self.mlp_post_norm(mlp_out) if self.config.post_norms else mlp_out, "mlp_out")
 
 
 class Transformer(nnx.Module):
     """A decoder-only language model; see the module's docstring for its sites.
 
-    Parameters, with the names that they have in a saved file (i counts layers from 0):
+    Parameters, with the names that they have in a saved file (i counts layers from 0; in memory, where layers are
+    stacked, `blocks.NAME[n_layers, ...]` holds all of them):
 
-    - `W_embed[vocab_size, d_model]`
-    - `blocks.i.attn_norm.scale[d_model]`, `blocks.i.mlp_norm.scale[d_model]`; LayerNorm: `.bias[d_model]` beside each
+    - `W_embed[vocab_size, d_model]`; learned positions: `W_pos[context, d_model]`
+    - `blocks.i.attn_norm.scale[d_model]`, `blocks.i.mlp_norm.scale[d_model]`; LayerNorm: `.bias[d_model]` beside each;
+      post-norms: `blocks.i.attn_post_norm.scale[d_model]`, `blocks.i.mlp_post_norm.scale[d_model]`
     - `blocks.i.attn.W_q[d_model, n_heads, d_head]`
     - `blocks.i.attn.W_k[d_model, n_kv_heads, d_head]`, `blocks.i.attn.W_v[d_model, n_kv_heads, d_head]`
     - `blocks.i.attn.W_o[n_heads, d_head, d_model]`
-    - `blocks.i.mlp.W_in[d_model, d_mlp]`, `blocks.i.mlp.W_out[d_mlp, d_model]`; gated: `blocks.i.mlp.W_gate` as `W_in`
+    - with biases: `blocks.i.attn.b_q[n_heads, d_head]`, `.b_k[n_kv_heads, d_head]`, `.b_v[n_kv_heads, d_head]`,
+      `.b_o[d_model]`
+    - with qk-norm: `blocks.i.attn.q_norm.scale[d_head]`, `blocks.i.attn.k_norm.scale[d_head]`
+    - `blocks.i.mlp.W_in[d_model, d_mlp]`, `blocks.i.mlp.W_out[d_mlp, d_model]`; gated: `blocks.i.mlp.W_gate` as `W_in`;
+      with biases: `.b_in[d_mlp]`, `.b_out[d_model]`, gated: `.b_gate[d_mlp]`
     - `final_norm.scale[d_model]`; LayerNorm: `final_norm.bias[d_model]`
-    - untied: `W_unembed[d_model, vocab_size]`
+    - untied: `W_unembed[d_model, vocab_size]`; with a bias: `b_unembed[vocab_size]`
 
     Every matrix multiplies from the right: `y = x @ W`.
     """
 
-    def __init__(self, config: TransformerConfig, key: PRNGKeyArray, *, dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        key: PRNGKeyArray,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike | None = None,
+        layers: Literal["stacked", "unrolled"] = "stacked",
+        remat: bool = False,
+    ) -> None:
         """Draws random parameters.
 
         Args:
             config: Shape and kind.
             key: A typed random key, `jax.random.key(seed)`.
-            dtype: Of the parameters, and thereby of the computation.
+            dtype: Of the parameters.
+            compute_dtype: Of activations and logits; the parameters' when None.
+            layers: 'stacked' scans over the layers, 'unrolled' is a Python loop; see the module's docstring.
+            remat: Whether a layer's insides are computed again in the backward pass instead of being kept.
         """
+        if layers not in ("stacked", "unrolled"):
+            raise ValueError(f"layers={layers!r}; it must be 'stacked' or 'unrolled'.")
         self.config = config
+        self.given_compute_dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
+        self.is_stacked, self.remat = layers == "stacked", remat
         embed_key, unembed_key, *block_keys = jax.random.split(key, config.n_layers + 2)
         self.W_embed = nnx.Param(_normal(embed_key, (config.vocab_size, config.d_model), dtype))
-        self.blocks = nnx.List([Block(config, block_key, dtype) for block_key in block_keys])
+        if config.positions == "learned":
+            position_key = jax.random.fold_in(embed_key, 1)
+            self.W_pos = nnx.Param(_normal(position_key, (config.context, config.d_model), dtype))
+        blocks = [Block(config, block_key, dtype) for block_key in block_keys]
+        self.blocks = _stack(blocks) if self.is_stacked else nnx.List(blocks)
         self.final_norm = Norm(config, dtype)
         if not config.tied_embeddings:
             self.W_unembed = nnx.Param(_normal(unembed_key, (config.d_model, config.vocab_size), dtype))
+        if config.unembed_bias:
+            self.b_unembed = nnx.Param(jnp.zeros(config.vocab_size, dtype))
 
-    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab_size"]:
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        is_token: Bool[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq vocab_size"]:
         """Logits of the next token at every position.
 
         Args:
             tokens: Token ids, at most `config.context` a row.
+            is_token: False where there is padding, left or right, which no token sees.
+            positions: Of each token in its row, from 0; counted over `is_token` when None.
 
         Returns:
-            Logits, in the parameters' dtype.
+            Logits, in the dtype of the computation.
 
         Raises:
             ValueError: The rows are longer than the context.
         """
-        if tokens.shape[1] > self.config.context:
+        return self._run(tokens, is_token, positions, None, last_only=False)[0]
+
+    def extend(
+        self,
+        cache: KeyValueCache,
+        tokens: Int[Array, "batch seq"],
+        *,
+        is_token: Bool[Array, "batch seq"] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "batch seq_out vocab_size"], KeyValueCache]:
+        """The same for tokens that follow those in a cache.
+
+        Args:
+            cache: From `empty_cache` or from the call before. It must have room: nothing can raise under jit.
+            tokens: Token ids.
+            is_token: False where there is padding.
+            last_only: Give (and compute) the logits of the last position only.
+
+        Returns:
+            Logits, and the cache with these tokens in it.
+        """
+        logits, extended = self._run(tokens, is_token, None, cache, last_only=last_only)
+        assert extended is not None
+        return logits, extended
+
+    def _run(
+        self, tokens: Any, is_token: Any, positions: Any, cache: KeyValueCache | None, *, last_only: bool
+    ) -> tuple[Array, KeyValueCache | None]:
+        c, seq = self.config, tokens.shape[1]
+        if seq > c.context:
             raise ValueError(
-                f"The model's context is {self.config.context} tokens and the rows have shape {tokens.shape}; cut them."
+                f"The model's context is {c.context} tokens and the rows have shape {tokens.shape}; cut them."
             )
-        x = site(self.W_embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan), "embed", layer=None)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer)
+        if positions is None:
+            counted = jnp.arange(seq)[None] if is_token is None else jnp.cumsum(is_token, axis=1) - 1
+            positions = counted if cache is None else counted + cache.positions.max(axis=1, keepdims=True) + 1
+        # Padding is nowhere: every query stands behind it and would see it, but for its sign.
+        placed = positions if is_token is None else jnp.where(is_token, positions, -1)
+        key_positions = placed
+        if cache is not None:
+            placed = jnp.broadcast_to(placed, tokens.shape)
+            key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, placed, cache.n_filled, 1)
+        shared = _Surroundings(
+            self._reach(placed, key_positions, local=False) if not all(c.is_local) else None,
+            self._reach(placed, key_positions, local=True) if any(c.is_local) else None,
+            None if cache is None else cache.n_filled,
+        )
+
+        x = self.W_embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan).astype(self.compute_dtype)
+        if c.embed_scale != 1:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if c.positions == "learned":
+            x = x + self.W_pos[...].at[jnp.maximum(placed, 0)].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
+        x, kept = self._through_blocks(site(x, "embed", layer=None), shared, cache)
+        if last_only:
+            x = x[:, -1:]
         x = site(self.final_norm(x), "final_norm", layer=None)
-        return site(x @ self.unembedding, "logits", layer=None)
+        logits = x @ self.unembedding.astype(x.dtype)
+        if c.unembed_bias:
+            logits = logits + self.b_unembed[...].astype(x.dtype)
+        logits = site(_soft_capped(logits, c.logit_soft_cap), "logits", layer=None)
+        if cache is None:
+            return logits, None
+        keys, values = kept
+        return logits, KeyValueCache(keys, values, key_positions, cache.n_filled + seq)
+
+    def _reach(self, positions: Array, key_positions: Array, *, local: bool) -> _Reach:
+        c = self.config
+        distance = positions[:, None, :, None] - key_positions[:, None, None, :]
+        sees = (distance >= 0) & (key_positions >= 0)[:, None, None, :]
+        if local:
+            assert c.window is not None
+            sees = sees & (distance < c.window)
+        is_rotary = c.positions == "rotary"
+        return _Reach(_Rotary.at(positions, c.rotary_frequencies(local=local)) if is_rotary else None, sees)
+
+    def _through_blocks(self, x: Array, shared: _Surroundings, cache: KeyValueCache | None) -> tuple[Array, Any]:
+        """The stream after all layers; and with a cache all keys and values."""
+
+        def run(x: Array, block: Block, is_local: Any, kept: Any) -> tuple[Array, Any]:
+            x, kept = block(x, shared, is_local, kept)
+            return x, None if cache is None else kept
+
+        layer = cast(Any, jax.checkpoint(run, static_argnums=() if self.is_stacked else (2,)) if self.remat else run)
+        old = None if cache is None else (cache.k, cache.v)
+        if self.is_stacked:
+            xs = (self.blocks, jnp.asarray(self.config.is_local), old)
+            return layer_scan(lambda x, each: layer(x, *each), x, xs)
+        new: list[Any] = []
+        for number, (block, is_local) in enumerate(zip(cast(Any, self.blocks), self.config.is_local, strict=True)):
+            with in_layer(number):
+                x, kept = layer(x, block, is_local, jax.tree.map(lambda each, at=number: each[at], old))
+            new.append(kept)
+        return x, None if cache is None else jax.tree.map(lambda *each: jnp.stack(each), *new)
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The dtype of activations and logits."""
+        return self.W_embed[...].dtype if self.given_compute_dtype is None else self.given_compute_dtype
 
     @property
     def unembedding(self) -> Float[Array, "d_model vocab_size"]:
@@ -312,6 +522,60 @@ class Transformer(nnx.Module):
 def apply(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab_size"]:
     """`model(tokens)` as a pure function of parameters and tokens, to give to `jax.jit`, `jax.grad` or `ij.iterate`."""
     return model(tokens)
+
+
+def stacked(model: Transformer) -> Transformer:
+    """The same model with its layers stacked; itself if they are."""
+    return model if model.is_stacked else _with_blocks(model, _stack(list(cast(Any, model.blocks))))
+
+
+def unrolled(model: Transformer) -> Transformer:
+    """The same model with a module for each layer; itself if it is so."""
+    if not model.is_stacked:
+        return model
+    each = [jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(model.config.n_layers)]
+    return _with_blocks(model, nnx.List(each))
+
+
+def _with_blocks(model: Transformer, blocks: Any) -> Transformer:
+    other = jax.tree.map(lambda leaf: leaf, model)  # another module over the same arrays
+    other.blocks, other.is_stacked = blocks, not isinstance(blocks, nnx.List)
+    return other
+
+
+def _stack(blocks: list[Block]) -> Block:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+
+
+def partition_specs(model: Transformer) -> Transformer:
+    """How each parameter is laid over a mesh with an axis `model`.
+
+    Heads, neurons and the vocabulary are split, so that each chip has whole heads and neurons, and the sums over them
+    are the only communication; norms and biases of the stream are on every chip. Activations follow by the batch, over
+    an axis `data`.
+
+    Args:
+        model: A model or its shapes.
+
+    Returns:
+        A `PartitionSpec` in the place of each array; for `jax.tree.map` with `NamedSharding(mesh, spec)`.
+    """
+    split = {
+        "W_embed": ("model", None), "W_unembed": (None, "model"), "b_unembed": ("model",),
+        "W_q": (None, "model", None), "W_k": (None, "model", None), "W_v": (None, "model", None),
+        "W_o": ("model", None, None),
+        "b_q": ("model", None), "b_k": ("model", None), "b_v": ("model", None),
+        "W_in": (None, "model"), "W_gate": (None, "model"), "W_out": ("model", None),
+        "b_in": ("model",), "b_gate": ("model",),
+    }  # fmt: skip
+    paths, tree = jax.tree_util.tree_flatten_with_path(model)
+    specs = []
+    for path, _ in paths:
+        names = [_plain(entry) for entry in path if _plain(entry) != "value"]
+        spec = split.get(names[-1], ())
+        is_in_stack = names[0] == "blocks" and model.is_stacked
+        specs.append(PartitionSpec(None, *spec) if is_in_stack and spec else PartitionSpec(*spec))
+    return jax.tree.unflatten(tree, specs)
 
 
 def promoted_logits(model: Transformer, directions: Float[Array, "n d_model"]) -> Float[Array, "n vocab_size"]:
@@ -327,7 +591,8 @@ def promoted_logits(model: Transformer, directions: Float[Array, "n d_model"]) -
     Returns:
         One row of logits a direction.
     """
-    return (directions * model.final_norm.scale[...]) @ model.unembedding
+    scale = model.final_norm.scale[...] + model.config.norm_offset
+    return (directions * scale) @ model.unembedding
 
 
 def _normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike, n_layers: int | None = None) -> Array:
@@ -335,7 +600,7 @@ def _normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike, n_layer
     return std * jax.random.normal(key, shape, jnp.dtype(dtype))
 
 
-# Files: a directory with config.json and model.safetensors.
+# Files: a directory with config.json and model.safetensors. Layers lie in it one by one, however memory holds them.
 
 
 def save(model: Transformer, directory: str | Path, *, dtype: DTypeLike | None = None) -> None:
@@ -352,26 +617,29 @@ def save(model: Transformer, directory: str | Path, *, dtype: DTypeLike | None =
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for name, value in named_parameters(model).items():
+    for name, value in named_parameters(unrolled(model)).items():
         host = np.asarray(value)
         with np.errstate(over="ignore"):  # told below, with the parameter's name
             stored = host.astype(host.dtype if dtype is None else jnp.dtype(dtype))
         if not np.array_equal(np.isfinite(stored.astype(np.float32)), np.isfinite(host.astype(np.float32))):
             raise ValueError(f"{name} does not fit into {stored.dtype}; store it in a wider dtype.")
         tensors[name] = stored
-    config = _config_json(model.config)
+    config = json.dumps(model.config.as_json(), indent=2) + "\n"
     # The config rides in the weights' header too, so that a config.json of another model beside it is noticed even
     # where every shape happens to agree (an interrupted save over an older model).
     write_whole(directory / "model.safetensors", safetensors.numpy.save(tensors, metadata={"config": config}))
     write_whole(directory / "config.json", config.encode())
 
 
-def load(directory: str | Path, *, dtype: DTypeLike = jnp.float32) -> Transformer:
+def load(
+    directory: str | Path, *, dtype: DTypeLike = jnp.float32, layers: Literal["stacked", "unrolled"] = "stacked"
+) -> Transformer:
     """Reads a model that `save` wrote.
 
     Args:
         directory: Holds `config.json` and `model.safetensors`.
         dtype: Dtype of the parameters in memory.
+        layers: As in `Transformer`.
 
     Returns:
         The model, on the default device.
@@ -388,21 +656,21 @@ def load(directory: str | Path, *, dtype: DTypeLike = jnp.float32) -> Transforme
             raise FileNotFoundError(
                 f"{path} is not there; a saved model is a directory with config.json and model.safetensors."
             )
-    config = _read_config(config_path)
+    config = _read_config(config_path, config_path.read_text())
     try:
         with safetensors.safe_open(weights_path, framework="numpy") as file:
             stored = {name: cast(np.ndarray, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{weights_path} is cut short or damaged ({error}); write or fetch it again.") from error
-    if metadata.get("config") != _config_json(config):
+    if "config" not in metadata or _read_config(weights_path, metadata["config"]) != config:
         raise ValueError(
             f"{config_path} is not the config that {weights_path.name} was saved with, "
             f"{metadata.get('config', 'which holds none')}; save the model again."
         )
 
     # eval_shape: the structure alone, no random numbers drawn.
-    skeleton = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+    skeleton = jax.eval_shape(lambda: Transformer(config, jax.random.key(0), layers="unrolled"))
     wanted = named_parameters(skeleton)
     faults = [f"missing {name}{list(wanted[name].shape)}" for name in wanted if name not in stored]
     faults += [f"unknown {name}{list(stored[name].shape)}" for name in stored if name not in wanted]
@@ -414,13 +682,15 @@ def load(directory: str | Path, *, dtype: DTypeLike = jnp.float32) -> Transforme
     if faults:
         raise ValueError(f"{weights_path} does not fit its config: {'; '.join(faults)}.")
     leaves = [jnp.asarray(stored[name], dtype) for name in wanted]
-    return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+    model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+    return stacked(model) if layers == "stacked" else model
 
 
 def named_parameters(model: Transformer) -> dict[str, Any]:
-    """Every leaf under its parameter's dotted name, `blocks.0.attn.W_q`, in the order of `jax.tree.leaves(model)`.
+    """Every leaf under its parameter's dotted name, in the order of `jax.tree.leaves(model)`.
 
-    Works as well on what has a model's structure: its gradient, or its shapes from `jax.eval_shape`.
+    `blocks.0.attn.W_q` where layers are unrolled, `blocks.attn.W_q` (of all layers) where they are stacked. Works as
+    well on what has a model's structure: its gradient, or its shapes from `jax.eval_shape`.
     """
     paths, _ = jax.tree_util.tree_flatten_with_path(model)
     return {".".join(_plain(entry) for entry in path if _plain(entry) != "value"): leaf for path, leaf in paths}
@@ -434,19 +704,16 @@ def _plain(entry: Any) -> str:
     raise TypeError(f"Unknown key path entry {entry!r}.")
 
 
-def _config_json(config: TransformerConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def _read_config(path: Path) -> TransformerConfig:
+def _read_config(path: Path, text: str) -> TransformerConfig:
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is cut short or damaged ({error}); write or fetch it again.") from error
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    if not isinstance(fields, dict) or set(fields) != known:
-        given = set(fields) if isinstance(fields, dict) else set()
+    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(TransformerConfig)}
+    given = set(fields) if isinstance(fields, dict) else set()
+    missing = {name for name, is_needed in known.items() if is_needed} - given
+    if missing or given - known.keys():
         raise ValueError(
-            f"{path} is not a TransformerConfig: missing {sorted(known - given)}, unknown {sorted(given - known)}."
+            f"{path} is not a TransformerConfig: missing {sorted(missing)}, unknown {sorted(given - known.keys())}."
         )
     return TransformerConfig(**fields)
