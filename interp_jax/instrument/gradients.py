@@ -69,8 +69,10 @@ def gradients(
         def run(zero: Any) -> tuple[Any, Any]:
             def tapped() -> Any:
                 _zero()  # planting what nobody asks for is an error
+                # Made anew in this trace, as jax.grad's are: NNX variables remember the trace that they were made in.
+                own_args, own_kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
                 with running_pass.standing(state):
-                    return fn(*args, **kwargs)
+                    return fn(*own_args, **own_kwargs)
 
             out = harvest.plant(tapped, tag=_ZERO)({_ZERO: zero})
             return _scalar(out if objective is None else objective(out)), out

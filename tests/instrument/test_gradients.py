@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import interp_jax as ij
 
@@ -174,3 +175,29 @@ def test_mistakes():
         ij.gradients(lambda x, w: unrolled(x, w) + unrolled(x * 2, w), "mlp_out")(X, W)
     with pytest.raises(ij.ReapError, match="first_layer"):
         ij.gradients(lambda x, w: scanned(x, w) + scanned(x * 2, w), "mlp_out")(X, W)
+
+
+class Rematerialised(nnx.Module):
+    """A layer that recomputes itself, as NNX has it: `nnx.remat` writes to the variables when it is done."""
+
+    def __init__(self, w):
+        self.w = nnx.Param(w)
+
+    def block(self, x):
+        return ij.site(jnp.tanh(x @ self.w[...]), "mlp_out")
+
+    def __call__(self, x):
+        return x + nnx.remat(Rematerialised.block)(self, x)
+
+
+@pytest.mark.parametrize("around", [lambda function: function, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("split", [False, True], ids=["module", "state"])
+def test_nnx_modules_that_rematerialise(around, split):
+    model = Rematerialised(jnp.asarray(W[0]))
+    graph, params = nnx.split(model)
+
+    def forward(model, x):
+        return ((nnx.merge(graph, model) if split else model)(x) ** 2).sum()
+
+    _, gradients = around(ij.gradients(forward, "mlp_out"))(params if split else model, X)
+    close(gradients[None, "mlp_out"], 2 * (X + np.tanh(X @ W[0])))
