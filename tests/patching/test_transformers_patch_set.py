@@ -5,6 +5,7 @@ Besides the contract's checks every site is computed once more in NumPy, from th
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,21 +72,41 @@ def _join(x):
     return x.reshape(*x.shape[:2], -1)
 
 
-def _turns(seq, width, base):
-    """e^(i angle) for position and pair: position * base^(-2 pair / width). [seq, 1, width / 2]"""
-    return np.exp(1j * np.outer(np.arange(seq), base ** (-np.arange(0, width, 2) / width)))[:, None, :]
+def _frequencies(width, base, scaling=None):
+    """By how much each pair of components turns from one position to the next, in radians."""
+    frequencies = base ** (-np.arange(0, width, 2) / width)
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    scaled = []
+    for frequency in frequencies:
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * np.pi)
+        if turns < scaling["low_freq_factor"]:
+            frequency /= scaling["factor"]
+        elif turns < scaling["high_freq_factor"]:
+            share = (turns - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
+            frequency = share * frequency + (1 - share) * frequency / scaling["factor"]
+        scaled.append(frequency)
+    return np.array(scaled)
 
 
-def _turned_halves(x, base):
+def _turns(seq, frequencies):
+    """e^(i angle) for position and pair. [seq, 1, pairs]"""
+    return np.exp(1j * np.outer(np.arange(seq), frequencies))[:, None, :]
+
+
+def _turned_halves(x, config):
     """Rotary embedding of the pairs (i, i + d_head / 2)."""
+    frequencies = _frequencies(x.shape[-1], config.rope_theta, getattr(config, "rope_scaling", None))
     real, imaginary = np.split(x, 2, axis=-1)
-    turned = (real + 1j * imaginary) * _turns(x.shape[1], x.shape[-1], base)
+    turned = (real + 1j * imaginary) * _turns(x.shape[1], frequencies)
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 def _turned_neighbours(x, width):
     """Rotary embedding of the pairs (2i, 2i + 1) of the first `width` components."""
-    turned = (x[..., 0:width:2] + 1j * x[..., 1:width:2]) * _turns(x.shape[1], width, 10000)
+    turned = (x[..., 0:width:2] + 1j * x[..., 1:width:2]) * _turns(x.shape[1], _frequencies(width, 10000))
     return np.concatenate(
         [np.stack([turned.real, turned.imag], -1).reshape(*turned.shape[:-1], -1), x[..., width:]], -1
     )
@@ -161,8 +182,8 @@ def _llama_layer(params, at, layer, config, act=_silu, offset=0):
     q, k, v = (_split(_linear(at["attn_in"], weights["self_attn"][f"{name}_proj"]), d_head) for name in "qkv")
     return {
         "attn_in": _rms_norm(at["resid_pre"], offset + weights["input_layernorm"]["weight"], config),
-        "q": _turned_halves(q, config.rope_theta),
-        "k": _turned_halves(k, config.rope_theta),
+        "q": _turned_halves(q, config),
+        "k": _turned_halves(k, config),
         "v": v,
         "attn_out": _linear(_join(at["attn_heads"]), weights["self_attn"]["o_proj"]),
         "mlp_in": _rms_norm(at["resid_mid"], offset + weights["post_attention_layernorm"]["weight"], config),
@@ -288,12 +309,13 @@ FAMILIES = {
         _opt_layer, _opt_ends,
     ),
 }  # fmt: skip
+MODULES = {each.module: f"transformers.models.{each.module}.modeling_flax_{each.module}" for each in FAMILIES.values()}
 ROTARY_BASES = ("llama", "mistral", "gemma")
 
 
 def _model(name, **options):
     family = FAMILIES[name]
-    library = importlib.import_module(f"transformers.models.{family.module}.modeling_flax_{family.module}")
+    library = importlib.import_module(MODULES[family.module])
     config_type = getattr(importlib.import_module("transformers"), family.config)
     config = config_type(vocab_size=VOCAB, **{**family.options, **options})
     return getattr(library, family.model)(config, _do_init=False)
@@ -381,6 +403,26 @@ def test_the_rotary_base_is_the_configured_one(name, base):
     _check_against_the_weights(name, case, contract.check_sites(case), rope_theta=base)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 3.0},
+        # Of the four frequencies the first is kept, the second scaled in part, the others in full.
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 100,
+        },
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_llama_s_rotary_embedding_is_scaled_as_configured(scaling):
+    case = make_case("llama", rope_scaling=scaling)
+    _check_against_the_weights("llama", case, contract.check_sites(case), rope_scaling=scaling)
+
+
 @pytest.mark.parametrize("window", [None, 7])
 def test_mistral_sees_as_far_as_configured(window):
     case = make_case("mistral", sliding_window=window)
@@ -388,7 +430,7 @@ def test_mistral_sees_as_far_as_configured(window):
     contract.check_attention(case, contract.check_sites(case), windows=windows)
 
 
-@pytest.mark.parametrize("name", ["mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_heads_are_as_wide_as_configured(name):
     case = make_case(name, head_dim=6)
     values = contract.check_sites(case)
@@ -415,6 +457,18 @@ def test_gpt2_s_cross_attention_has_no_sites_of_its_own():
     assert list(values) == _case("gpt2").every_site
 
 
+@pytest.mark.parametrize(("edited", "apart"), [("attn_in", "mlp_out"), ("mlp_in", "attn_out")])
+def test_gptj_s_attention_and_mlp_are_edited_apart(edited, apart):
+    case, values = _case("gptj"), {}
+    for layer, name, value in (running := ij.iterate(case.forward)(case.params, case.tokens)):
+        values[layer, name] = value
+        if (layer, name) == (0, edited):
+            running.modified_value = value * 2
+    clean = contract.check_sites(case)
+    np.testing.assert_array_equal(values[0, apart], clean[0, apart])
+    assert np.abs(values[0, "resid_post"] - clean[0, "resid_post"]).max() > 0.1
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_are_the_unpatched_library_s_to_the_bit(name, unpatched):
     contract.check_unpatched_outputs(_case(name), unpatched[name])
@@ -438,14 +492,21 @@ def test_cached_generation_is_the_same_as_without_a_cache(name):
     np.testing.assert_array_equal(generated, tokens)
 
 
-@pytest.mark.parametrize("module", sorted({family.module for family in FAMILIES.values()}))
+@pytest.mark.parametrize("module", MODULES)
+def test_the_source_of_classes_is_found(module):
+    name = MODULES[module]
+    classes = inspect.getmembers(importlib.import_module(name), inspect.isclass)
+    for class_name, its_class in [each for each in classes if each[1].__module__ == name]:
+        assert inspect.getsource(its_class).startswith(("@", f"class {class_name}("))
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_file_declares_the_sites_that_it_makes(module):
-    pairs = patching.load("transformers").modules[f"transformers.models.{module}.modeling_flax_{module}"]
+    pairs = patching.load("transformers").modules[MODULES[module]]
     declared = [site for pair in pairs for site in pair.sites]
     layer_sites = PARALLEL_SITES if module == "gptj" else contract.LAYER_SITES
     assert sorted(declared) == sorted([*layer_sites, "embed", "final_norm", "logits"])
 
 
 def test_every_module_of_the_set_is_tested():
-    tested = {f"transformers.models.{each.module}.modeling_flax_{each.module}" for each in FAMILIES.values()}
-    assert patching.load("transformers").modules.keys() == tested
+    assert set(patching.load("transformers").modules) == set(MODULES.values())
