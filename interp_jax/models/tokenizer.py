@@ -223,8 +223,8 @@ class Tokenizer:
         if piece is None:  # A hole in the vocabulary.
             return f"<{id_}>"
         if id_ in self._added:
-            return piece
-        if self._is_byte_level and all(char in _BYTE_OF_CHAR for char in piece):
+            pass  # It is its own text, be that a name or, as with Gemma, a run of line breaks.
+        elif self._is_byte_level and all(char in _BYTE_OF_CHAR for char in piece):
             piece = bytes(_BYTE_OF_CHAR[char] for char in piece).decode("utf-8", errors="backslashreplace")
         elif self._has_byte_pieces and (byte := _BYTE_PIECE.fullmatch(piece)):
             piece = bytes([int(byte[1], 16)]).decode("ascii", errors="backslashreplace")

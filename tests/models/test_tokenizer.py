@@ -71,6 +71,76 @@ def _write_gguf(path: pathlib.Path, *, pre="smollm", model="gpt2", types: list[i
     return GgufFile(path)
 
 
+def _sentence_pieces_by_hand(text: str, pieces: list[str], scores: list[float], types: list[int]) -> list[int]:
+    """What SentencePiece does for a BPE model: user-defined pieces first, then the best-scored pair, the leftmost of
+    equals, until none is a piece; bytes for the rest. Compared with the library itself on Gemma's pieces: no id of a
+    million differed."""
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    score_of = {piece: scores[i] for piece, i in ids.items() if types[i] == 1}
+    whole = sorted((piece for piece, i in ids.items() if types[i] in (3, 4)), key=len, reverse=True)
+    found: list[int] = []
+    symbols: list[str] = []
+
+    def join() -> None:
+        while True:
+            pairs = [(-score_of[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in score_of]
+            if not pairs:
+                break
+            _, i = min(pairs)
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+        for symbol in symbols:
+            found.extend([ids[symbol]] if symbol in score_of else [ids[f"<0x{b:02X}>"] for b in symbol.encode()])
+        symbols.clear()
+
+    while text:
+        piece = next((piece for piece in whole if text.startswith(piece)), None)
+        if piece is not None:
+            join()
+            found.append(ids[piece])
+            text = text.removeprefix(piece)
+        else:
+            symbols.append(text[0].replace(" ", "▁"))
+            text = text[1:]
+    join()
+    return found
+
+
+def _write_sentence_pieces(path: pathlib.Path, **changed) -> GgufFile:
+    """Pieces, scores and types as Gemma's file has them: user-defined pieces are written with plain spaces."""
+    control, own, plain = ["<pad>", "<eos>", "<bos>"], ["\n", "\n\n", "  ", "<b>"], ["▁a", "ab", "bc", "▁ab", "abc"]
+    plain += ["aa", "aaa", "▁b", "cab", "▁", "a", "b", "c", "<", ">", "植", "é"]
+    pieces = [*control, "<unk>", *own, *(f"<0x{byte:02X}>" for byte in range(256)), *plain]
+    metadata = {
+        "model": "llama",
+        "tokens": pieces,
+        "token_type": [3] * 3 + [2] + [4] * 4 + [6] * 256 + [1] * len(plain),
+        "scores": [-1000.0] * 8 + [0.0] * 256 + [-float(i) for i in range(len(plain))],
+        "add_space_prefix": False,
+        "add_bos_token": True,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    } | changed
+    writer = gguf.GGUFWriter(path, "gemma3")
+    for key, value in metadata.items():
+        write = {list: writer.add_array, str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        write[type(value)](f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GgufFile(path)
+
+
+@pytest.fixture(scope="module")
+def sentence_pieces_file(tmp_path_factory) -> GgufFile:
+    return _write_sentence_pieces(tmp_path_factory.mktemp("tokenizer") / "pieces.gguf")
+
+
+@pytest.fixture(scope="module")
+def sentence_pieces(sentence_pieces_file) -> Tokenizer:
+    return Tokenizer.from_gguf(sentence_pieces_file)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Tokenizer:
     return Tokenizer.from_gguf(_write_gguf(tmp_path_factory.mktemp("tokenizer") / "small.gguf"))
@@ -119,6 +189,41 @@ def test_any_text_survives_the_round_trip(small, text):
     assert all(token.isprintable() and token for token in readable)
 
 
+def _of_file(gguf_file: GgufFile) -> tuple[list[str], list[float], list[int]]:
+    return tuple(gguf_file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.text(alphabet="aaabbc  \n<b>é植\u200b🙂", max_size=25))
+def test_sentence_pieces_are_those_found_by_hand(sentence_pieces, sentence_pieces_file, text):
+    ids = sentence_pieces.encode(text)
+    assert ids == _sentence_pieces_by_hand(text, *_of_file(sentence_pieces_file))
+    assert sentence_pieces.decode(ids) == text
+
+
+def test_sentence_pieces_are_readable(sentence_pieces):
+    assert (sentence_pieces.bos_id, sentence_pieces.eos_id, sentence_pieces.end_of_text_id) == (2, 1, 1)
+    ids = sentence_pieces.encode("abc  ab\n<b>dü<bos>")
+    expected = ["abc", "  ", "ab", "↵", "<b>", "d", "\\xc3", "\\xbc", "<bos>"]
+    assert sentence_pieces.readable(ids) == expected
+
+
+def test_gemma_s_ids():
+    """Those of SentencePiece itself, run on the same pieces."""
+    if installed_data.status("gemma3")[0].path is None:
+        pytest.skip("Only the tests of patch sets need it: `make test-patches` gets it.")
+    gguf_file = GgufFile(installed_data.find("gemma3"))
+    gemma = Tokenizer.from_gguf(gguf_file)
+    assert (gemma.vocab_size, gemma.bos_id, gemma.eos_id) == (262144, 2, 1)
+    assert gemma.encode("Hello  world\n\n\tI'm 植芝 🙂\x01") == [
+        9259, 138, 12392, 108, 255968, 236777, 236789, 236757, 236743, 239418, 241099, 57235, 249732,
+    ]  # fmt: skip
+    for article in articles()[::20]:
+        ids = gemma.encode(article.text)
+        assert gemma.decode(ids) == article.text
+        assert gemma.encode(article.text[:300]) == _sentence_pieces_by_hand(article.text[:300], *_of_file(gguf_file))
+
+
 def test_readable_shows_breaks_and_halves_of_characters(small):
     assert small.readable(small.encode("a\n\té\x00")) == ["a", "↵", "⇥", "\\xc3", "\\xa9", "\\x00"]
 
@@ -156,6 +261,12 @@ def test_what_cannot_be_rebuilt_is_refused(tmp_path):
         Tokenizer.from_gguf(_write_gguf(tmp_path / "b.gguf", pre="tekken"))
     with pytest.raises(ValueError, match="260 tokens but 3 token types"):
         Tokenizer.from_gguf(_write_gguf(tmp_path / "c.gguf", types=[1, 1, 1]))
+    with pytest.raises(ValueError, match=r"puts a space before each text.*from_file"):
+        Tokenizer.from_gguf(_write_sentence_pieces(tmp_path / "d.gguf", add_space_prefix=True))
+    with pytest.raises(ValueError, match="281 tokens but 1 scores"):
+        Tokenizer.from_gguf(_write_sentence_pieces(tmp_path / "e.gguf", scores=[1.0]))
+    with pytest.raises(ValueError, match="0 pieces for bytes, expected one for each of 256"):
+        Tokenizer.from_gguf(_write_sentence_pieces(tmp_path / "f.gguf", token_type=[1] * 281))
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no\.json is not a tokenizer\.json"):
         Tokenizer.from_file(tmp_path / "no.json")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from real_weights import RealWeights, write_pass
 
@@ -61,7 +62,7 @@ def load(weights: RealWeights) -> tuple[Callable[[Any, Any], Any], dict[str, Any
             },
             "post_ffw_norm": {"scale": weights.weight(f"{layer}.post_feedforward_layernorm.weight")},
         }
-    return lambda params, tokens: model.apply({"params": params}, tokens).logits, params
+    return lambda params, tokens: model.apply({"params": params}, tokens).logits, jax.device_put(params)
 
 
 if __name__ == "__main__":
