@@ -28,7 +28,7 @@ from interp_jax.patching.patch_set import PatchSet, SetPair
 from interp_jax.patching.patched_module import PatchedModule, Request, by_module, missing_member
 from interp_jax.patching.pattern import Origin
 from interp_jax.patching.renaming import Renaming, find_renamed
-from interp_jax.patching.source_text import SourceText
+from interp_jax.patching.source_text import SourceText, home_of
 
 _STATUSES = ("matched", "moved", "missing")
 
@@ -169,7 +169,7 @@ def _parsed(each: SetPair, patch_set: PatchSet) -> ParsedPair:
 def _texts(module: str, pairs: Sequence[ParsedPair]) -> dict[str, tuple[SourceText, str]]:
     texts: dict[str, tuple[SourceText, str]] = {}
     source = installed_source(module)
-    for name, part in by_module(Request(tuple(pairs), (), ""), module, source).items():
+    for name, part in by_module(Request(tuple(pairs), (), ""), module, source, installed_source).items():
         if not part.pairs:
             continue
         own = source if name == module else installed_source(name)
@@ -265,16 +265,14 @@ def _elsewhere(parsed: ParsedPair, home: _Home, taken: set[ast.AST]) -> tuple[_H
 
 def _home_of(member: str, pairs: Sequence[ParsedPair], module: str, source: SourceText) -> _Home | None:
     """Where a member is now: under its name, passed on from another module, or under another name."""
-    if source.definitions(member):
-        return _Home(module, member, source)
-    passed_on = source.imported_from(member, module)
-    if passed_on is not None:
-        try:
-            other = installed_source(passed_on[0])
-        except SourceError:
-            return None
-        if other.definitions(passed_on[1]):
-            return _Home(*passed_on, other)
+    try:
+        found = home_of(member, module, source, installed_source)
+    except SourceError:
+        return None
+    if found is not None:
+        home = _Home(*found, source if found[0] == module else installed_source(found[0]))
+        if home.roots:
+            return home
     scores = {
         name: sum(
             len(find(pair.before, source.definitions(name), as_expression=pair.is_expression)) == pair.count
@@ -309,10 +307,10 @@ def _module_now(patch_set: PatchSet, module: str, pairs: Sequence[ParsedPair]) -
 
 def _passes_on(module: str, member: str, home: str) -> bool:
     try:
-        passed_on = installed_source(module).imported_from(member, module)
+        found = home_of(member, module, installed_source(module), installed_source)
     except SourceError:
         return False
-    return passed_on is not None and passed_on[0] == home
+    return found is not None and found[0] == home
 
 
 def _place(source: SourceText, node: ast.AST) -> str:

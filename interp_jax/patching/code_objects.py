@@ -6,10 +6,11 @@ collector: a decorator may have hidden one in a closure, or copied it, and eithe
 module's globals and the old code.
 """
 
+import functools
 import gc
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 Key = tuple[str, int]
 """Qualified name, and which of the code objects with that name in the order of the source."""
@@ -38,10 +39,35 @@ def is_function(code: types.CodeType) -> bool:
     return bool(code.co_flags & inspect.CO_OPTIMIZED)
 
 
+_IMMUTABLE_TYPE = 1 << 8  # What Python calls Py_TPFLAGS_IMMUTABLETYPE: no `class` statement makes one.
+
+
+def is_written_in_c(value: object) -> bool:
+    """Whether a function, method or class is not Python's."""
+    if isinstance(value, type):
+        return bool(value.__flags__ & _IMMUTABLE_TYPE)
+    kinds = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+    return isinstance(value, (*kinds, types.ClassMethodDescriptorType, types.GetSetDescriptorType))
+
+
+_ResultCache = type(functools.lru_cache(lambda: None))
+
+_RUN_AT_ONCE = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
+"""Code that is part of what is around it, though the compiler makes it a function."""
+
+
+def is_a_definition_s(key: Key, code: types.CodeType) -> bool:
+    """Whether it is the code of a `def` or a `lambda` that is inside no other."""
+    named = code.co_name.isidentifier() or code.co_name == "<lambda>"
+    return is_function(code) and named and "<locals>" not in key[0]
+
+
 def body_signature(code: types.CodeType) -> tuple[object, ...]:
-    """What code does itself, whatever the functions and classes defined in it do."""
+    """What code does itself, comprehensions included, whatever the functions and classes defined in it do."""
     constants = tuple(
-        ("code", c.co_qualname) if isinstance(c, types.CodeType) else (type(c).__name__, repr(c))
+        (type(c).__name__, repr(c))
+        if not isinstance(c, types.CodeType)
+        else ("code", c.co_qualname, body_signature(c) if c.co_name in _RUN_AT_ONCE else ())
         for c in code.co_consts
     )
     return code.co_code, code.co_names, code.co_varnames, constants
@@ -50,3 +76,13 @@ def body_signature(code: types.CodeType) -> tuple[object, ...]:
 def live_functions(namespace: dict[str, object]) -> list[types.FunctionType]:
     """All functions whose globals are this namespace, wherever they are held."""
     return [o for o in gc.get_objects() if type(o) is types.FunctionType and o.__globals__ is namespace]
+
+
+def clear_result_caches(functions: Iterable[types.FunctionType]) -> None:
+    """Makes `functools.lru_cache` forget what functions returned that run other code now."""
+    changed = {id(function) for function in functions}
+    if not changed:
+        return
+    for wrapper in [o for o in gc.get_objects() if type(o) is _ResultCache]:
+        if id(vars(wrapper).get("__wrapped__")) in changed:
+            wrapper.cache_clear()

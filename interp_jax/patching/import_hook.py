@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from interp_jax.patching.errors import AlreadyImportedError
+from interp_jax.patching.installed_source import installed_source
 from interp_jax.patching.patched_module import (
     PatchedModule,
     Request,
@@ -66,7 +67,7 @@ class _PatchingLoader(importlib.abc.Loader):
         state = PatchedModule(name, find_source(name, module, self._loader), None)
         own: list[Request] = []
         for request in requests:
-            for target, part in by_module(request, name, state.source).items():
+            for target, part in by_module(request, name, state.source, installed_source).items():
                 if target == name:
                     own.append(part)
                 elif target in sys.modules:

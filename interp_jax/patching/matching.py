@@ -47,15 +47,33 @@ def find(pattern: Pattern, roots: Sequence[ast.AST], *, as_expression: bool) -> 
         if as_expression:
             expression = pattern.expression
             assert expression is not None
-            for node in ast.walk(root):
-                if isinstance(node, ast.expr):
-                    for bindings in _match(expression, node, {}):
-                        found.append(Match((node,), bindings))
-                        break
+            for node in _expressions(root):
+                for bindings in _match(expression, node, {}):
+                    found.append(Match((node,), bindings))
+                    break
         else:
             found += _find_statements(pattern.body, root)
     found.sort(key=lambda match: _position(match.nodes[0]))
     return found
+
+
+def _is_expression(node: Any) -> bool:
+    return isinstance(node, ast.expr) and not isinstance(node, ast.Starred | ast.FormattedValue)
+
+
+def _expressions(root: ast.AST) -> Iterator[ast.expr]:
+    """All expressions that stand in an expression's place, which the parts of an f-string are not: only what is in
+    its braces."""
+    if isinstance(root, ast.expr):
+        yield root
+    for field, value in ast.iter_fields(root):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(root, ast.JoinedStr) and isinstance(child, ast.Constant):
+                continue
+            if isinstance(child, ast.AST):
+                inside = _expressions(child)
+                is_part = isinstance(root, ast.JoinedStr) or field == "format_spec"
+                yield from (node for node in inside if not (is_part and node is child))
 
 
 def _find_statements(body: Sequence[ast.stmt], root: ast.AST) -> Iterator[Match]:
@@ -105,7 +123,7 @@ def _match(pattern: Any, node: Any, bindings: Bindings) -> Iterator[Bindings]:
     if isinstance(pattern, ast.Name | str):
         name = metavariable(pattern)
         if name is not None:
-            if isinstance(node, ast.expr if isinstance(pattern, ast.Name) else str):
+            if isinstance(node, str) if isinstance(pattern, str) else _is_expression(node):
                 yield from _bind(name, node, bindings)
             return
     if isinstance(pattern, list):

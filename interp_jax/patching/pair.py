@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 from interp_jax.patching.errors import MatchError
@@ -89,6 +91,7 @@ class ParsedPair:
     def _refuse_f_strings(self, source: SourceText, roots: Sequence[ast.stmt], matches: Sequence[Match]) -> None:
         """Before Python 3.12 the tree does not know where in the text the code inside an f-string stands."""
         if sys.version_info >= (3, 12):
+            self._refuse_self_documenting(source, roots, matches)
             return
         strings = [node for root in roots for node in ast.walk(root) if isinstance(node, ast.JoinedStr)]
         inside = {node for string in strings for node in ast.walk(string) if node is not string}
@@ -98,6 +101,19 @@ class ParsedPair:
                 raise MatchError(
                     f"{self.before.origin}: the pattern matches inside an f-string ({source.filename}:{line}), where "
                     "Python before 3.12 tells no positions. Match the whole f-string, or the statement around it."
+                )
+
+    def _refuse_self_documenting(self, source: SourceText, roots: Sequence[ast.stmt], matches: Sequence[Match]) -> None:
+        """`f"{x=}"` holds its code once more as text, which the tree has made into another constant."""
+        values = [n.value for root in roots for n in ast.walk(root) if isinstance(n, ast.FormattedValue)]
+        said = [v for v in values if re.match(r"[\s)]*=", source.text[source.span(v)[1] :])]
+        inside = {node for value in said for node in ast.walk(value)}
+        for match in matches:
+            if match.nodes[0] in inside:
+                line = source.line_at(source.span(match.nodes[0])[0])
+                raise MatchError(
+                    f"{self.before.origin}: the pattern matches inside an f-string's {{...=}} ({source.filename}:"
+                    f"{line}), which shows its code as text. Match the whole f-string, or the statement around it."
                 )
 
 
@@ -112,7 +128,8 @@ def parse_pair(member: str, pair: Pair, made_at: Origin) -> ParsedPair:
     if not before.body:
         raise MatchError(f"{before.origin}: the pattern for {member} is empty; it must say where to patch.")
     check_bindings(after, before)
-    return ParsedPair(member, before, after, pair.count)
+    # As Python reads identifiers.
+    return ParsedPair(unicodedata.normalize("NFKC", member), before, after, pair.count)
 
 
 def pairs_of(given: Sequence[str | Pair | tuple[str, str]], member: str) -> list[Pair]:

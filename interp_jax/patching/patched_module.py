@@ -13,6 +13,7 @@ import builtins
 import copy
 import dataclasses
 import importlib
+import itertools
 import linecache
 import symtable
 import sys
@@ -21,7 +22,16 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from interp_jax.patching.code_objects import Key, body_signature, codes_by_key, is_function, live_functions
+from interp_jax.patching.code_objects import (
+    Key,
+    body_signature,
+    clear_result_caches,
+    codes_by_key,
+    is_a_definition_s,
+    is_function,
+    is_written_in_c,
+    live_functions,
+)
 from interp_jax.patching.errors import ConflictError, DefinitionError, MemberError, PatchError, SourceError
 from interp_jax.patching.layout import Layout, lay_out
 from interp_jax.patching.matching import equal
@@ -29,7 +39,7 @@ from interp_jax.patching.pair import ParsedPair
 from interp_jax.patching.redefinition import Redefinition, redefine
 from interp_jax.patching.retrace import patches_changed
 from interp_jax.patching.rewriting import TextRewriter, TreeRewriter, check_conflicts
-from interp_jax.patching.source_text import SourceText
+from interp_jax.patching.source_text import SourceText, home_of
 
 lock = threading.RLock()
 """Held while anything is patched or taken back."""
@@ -46,6 +56,8 @@ class Request:
     """Prints what is known about versions, for errors."""
     whole: "Request | None" = None
     """What this is a part of, where a patcher's members are defined in several modules."""
+    number: int = dataclasses.field(default_factory=itertools.count().__next__)
+    """Its parts' as well, and nobody else's ever: what JAX traced under one is never taken for another's."""
 
     def belongs_to(self, request: "Request") -> bool:
         """Whether this is the request or a part of it."""
@@ -59,6 +71,7 @@ class PatchedModule:
         self.name = name
         self.source = source
         self.requests: list[Request] = []
+        self._run_with: tuple[Request, ...] = ()
         self._namespace = namespace
         self._pristine = _compile(source.tree, source.filename)
         self._now = self._pristine
@@ -92,14 +105,18 @@ class PatchedModule:
         tree = self.source.tree if layout is None else layout.parse(self.source.filename)
         code = self._pristine if layout is None else _compile(tree, self.source.filename)
         injected = self._imports(requests, namespace)
-        before = _active()
+        before = _changes()
         self._take_back_definitions()
         added = {name: value for name, value in injected.items() if name not in namespace}
         namespace.update(added)
         try:
             redefinition = redefine(self._ran, tree, namespace, self.source.filename) if self._redefines(code) else None
             self._remember_redefined(redefinition, codes_by_key(code))
-            swaps = self._swaps(tree, code, injected)
+            live = live_functions(namespace)
+            if any(request not in self.requests for request in requests):
+                self._check_in_use(requests, codes_by_key(code), live)
+            models = [f for each in (redefinition, self._redefinition) if each for f in each.functions]
+            swaps = self._swaps(tree, code, injected, [function for function in live if function not in models])
             self._check_shadowing(injected, [new for _, new in swaps])
         except BaseException:
             for name in added:
@@ -112,11 +129,17 @@ class PatchedModule:
         namespace.update(injected)
         for function, new in swaps:
             function.__code__ = new
+        clear_result_caches(function for function, _ in swaps)
         self._now, self._injected, self.requests = code, injected, list(requests)
         self._redefinition = redefinition
         self._take_back_definitions = self._redo_definitions()
         self._show(layout)
-        patches_changed(before, _active())
+        patches_changed(before, _changes())
+
+    @property
+    def changes(self) -> set[int]:
+        """The requests that have come or gone since the module ran: nobody has called it without those it ran with."""
+        return {request.number for request in self.requests} ^ {request.number for request in self._run_with}
 
     def without(self, request: Request) -> list[Request]:
         """The active requests but for one and its parts."""
@@ -142,12 +165,15 @@ class PatchedModule:
         namespace = vars(module)
         namespace.update(injected)
         self._show(layout)
+        self._namespace = namespace
         try:
             exec(code, namespace)
+            self._check_not_replaced_in_c(requests)
         except BaseException:
             self._show(None)
             raise
-        self._namespace, self._now, self._injected, self.requests = namespace, code, injected, list(requests)
+        self._now, self._injected, self.requests = code, injected, list(requests)
+        self._run_with = tuple(requests)
         self._ran = self.source.tree if layout is None else layout.parse(self.source.filename)
         self._remember(code)
 
@@ -230,15 +256,18 @@ class PatchedModule:
         return self._redefinition.apply(live_of)
 
     def _swaps(
-        self, tree: ast.Module, code: types.CodeType, injected: dict[str, Any]
+        self,
+        tree: ast.Module,
+        code: types.CodeType,
+        injected: dict[str, Any],
+        live: Sequence[types.FunctionType],
     ) -> list[tuple[types.FunctionType, types.CodeType]]:
         """Which live function gets which code."""
-        assert self._namespace is not None
         now, new = codes_by_key(self._now), codes_by_key(code)
         swaps: list[tuple[types.FunctionType, types.CodeType]] = []
         counts = _count_by_name(now), _count_by_name(new)
         pristine = codes_by_key(self._pristine)
-        for function in live_functions(self._namespace):
+        for function in live:
             key = self._key(function.__code__, now)
             if key is None or key not in new or counts[0].get(key[0]) != counts[1].get(key[0]):
                 continue
@@ -249,6 +278,48 @@ class PatchedModule:
                 continue
             swaps.append((function, self._with_closure(tree, function, wanted, injected)))
         return swaps
+
+    def _check_in_use(
+        self, requests: Sequence[Request], new: dict[Key, types.CodeType], live: Sequence[types.FunctionType]
+    ) -> None:
+        """Refuses patches that nothing would run."""
+        self._check_not_replaced_in_c(requests)
+        now = codes_by_key(self._now)
+        used = {self._key(function.__code__, now) for function in live}
+        changed = [k for k, c in now.items() if is_a_definition_s(k, c) and k in new and new[k] != c]
+        for name in dict.fromkeys(name for name, _ in changed):
+            keys = [key for key in changed if key[0] == name]
+            if used.intersection(keys):
+                continue
+            place = f"{self.source.filename}:{now[keys[0]].co_firstlineno}"
+            elsewhere = [f.__code__ for f in live if f.__code__.co_qualname == name]
+            lines = [
+                c.co_firstlineno
+                for c in elsewhere
+                if self._key(c, now) is None and c.co_filename == self.source.filename
+            ]
+            if lines:
+                raise SourceError(
+                    f"{place}: the {name} that is running was on line {lines[0]} of this file, which has changed since "
+                    f"{self.name} was imported. Restart the process."
+                )
+            raise DefinitionError(
+                f"{place}: no function runs the code of this {name}, so a patch of it would do nothing: it was "
+                "replaced or removed, or is in a branch that was not taken, or ran while the module was imported. "
+                "Patch it with install_on_import(), or patch what runs instead."
+            )
+
+    def _check_not_replaced_in_c(self, requests: Sequence[Request]) -> None:
+        for pair in (pair for request in requests for pair in request.pairs):
+            found: Any = (self._namespace or {}).get(pair.member.split(".")[0])
+            for name in pair.member.split(".")[1:]:
+                found = vars(found).get(name) if isinstance(found, type) else None
+            definitions = [s for s in self.source.definitions(pair.member) if hasattr(s, "body")]
+            if definitions and is_written_in_c(found):
+                raise MemberError(
+                    f"{self.name}.{pair.member} is written in C ({found!r}): it has taken the place of what "
+                    f"{self.source.filename}:{definitions[0].lineno} defines, and cannot be patched."
+                )
 
     def _key(self, code: types.CodeType, now: dict[Key, types.CodeType]) -> Key | None:
         known = self._key_of.get(id(code))
@@ -549,8 +620,8 @@ def find_source(name: str, module: types.ModuleType | None, loader: Any) -> Sour
 _modules: dict[str, PatchedModule] = {}
 
 
-def _active() -> frozenset[int]:
-    return frozenset(id(request) for module in _modules.values() for request in module.requests)
+def _changes() -> frozenset[tuple[str, int]]:
+    return frozenset((module.name, number) for module in _modules.values() for number in module.changes)
 
 
 def patched_modules() -> list[PatchedModule]:
@@ -558,21 +629,26 @@ def patched_modules() -> list[PatchedModule]:
     return list(_modules.values())
 
 
-def by_module(request: Request, name: str, source: SourceText) -> dict[str, Request]:
+def by_module(
+    request: Request, name: str, source: SourceText, source_of: Callable[[str], SourceText]
+) -> dict[str, Request]:
     """Splits a request by the modules that define its members: a package often only passes on what a submodule defines.
 
     Args:
         request: what a patcher wants.
         name: the module that it names.
         source: that module's source.
+        source_of: gives other modules' source.
 
     Returns:
-        Module name to its part of the request; one step of `from ... import` is followed.
+        Module name to its part of the request.
+
+    Raises:
+        SourceError: a module that defines a member has no source.
     """
     parts: dict[str, list[ParsedPair]] = {name: []}
     for pair in request.pairs:
-        origin = None if source.definitions(pair.member) else source.imported_from(pair.member, name)
-        module, member = origin or (name, pair.member)
+        module, member = home_of(pair.member, name, source, source_of) or (name, pair.member)
         parts.setdefault(module, []).append(dataclasses.replace(pair, member=member))
     if len(parts) == 1:
         return {name: request}

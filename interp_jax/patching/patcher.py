@@ -21,6 +21,7 @@ from interp_jax.patching.patched_module import (
     patched_modules,
 )
 from interp_jax.patching.pattern import Origin
+from interp_jax.patching.source_text import SourceText
 
 Pairs = Sequence[str | Pair | tuple[str, str]]
 
@@ -94,7 +95,8 @@ class Patcher:
                 named = patched_module_of(module)
                 done: list[PatchedModule] = []
                 try:
-                    for name, part in by_module(self._request, self.module_name, named.source).items():
+                    parts = by_module(self._request, self.module_name, named.source, _source_of)
+                    for name, part in parts.items():
                         state = named if name == self.module_name else patched_module_of(importlib.import_module(name))
                         if part.pairs:
                             state.set_requests([*state.requests, part])
@@ -132,6 +134,10 @@ class Patcher:
             if not self._depth:
                 wait_for(self.module_name, self._request)
             self._depth += 1
+
+
+def _source_of(name: str) -> SourceText:
+    return patched_module_of(importlib.import_module(name)).source
 
 
 @dataclasses.dataclass(frozen=True)

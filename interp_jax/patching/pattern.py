@@ -12,7 +12,6 @@ arguments, too), list elements, parameters, base classes, and, for the parser, a
 import ast
 import dataclasses
 import re
-import textwrap
 from collections.abc import Iterator
 
 from interp_jax.patching.errors import PatternSyntaxError
@@ -79,13 +78,8 @@ def parse_pattern(text: str, origin: Origin) -> Pattern:
     Raises:
         PatternSyntaxError: the text is not Python; names file and line and shows the place with a caret.
     """
-    lines = text.expandtabs().split("\n") if "\t" in text else text.split("\n")
-    while lines and not lines[0].strip():
-        lines.pop(0)
-        origin = origin.below(1)
-    while lines and not lines[-1].strip():
-        lines.pop()
-    clean = textwrap.dedent("\n".join(lines))
+    clean, skipped = _dedented(text)
+    origin = origin.below(skipped)
     if _MARK in clean:
         raise PatternSyntaxError(
             f"{origin}: the letter {_MARK!r} is reserved for metavariables; spell the name otherwise."
@@ -101,6 +95,25 @@ def parse_pattern(text: str, origin: Origin) -> Pattern:
             f"{origin.below(line - 1)}: the pattern is not Python: {error.msg}\n    {source}\n    {' ' * (column - 1)}^"
         ) from None
     return Pattern(clean, python, tuple(tree.body), origin)
+
+
+def _dedented(text: str) -> tuple[str, int]:
+    """A text without blank lines around it and without the indentation that its lines share, and how many lines went
+    above it. What is inside string literals stays as it is."""
+    inside = {
+        line
+        for found in _TOKENS.finditer(text)
+        for line in range(text.count("\n", 0, found.start()) + 1, text.count("\n", 0, found.end()) + 1)
+    }
+    lines = text.split("\n")
+    code = {i: line.lstrip() for i, line in enumerate(lines) if i not in inside}
+    depth = {i: len(lines[i][: len(lines[i]) - len(rest)].expandtabs()) for i, rest in code.items() if rest}
+    margin = min(depth.values(), default=0)
+    for i, rest in code.items():
+        lines[i] = " " * (depth[i] - margin) + rest if rest else ""
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    first, last = (filled[0], filled[-1] + 1) if filled else (0, 0)
+    return "\n".join(lines[first:last]), first
 
 
 def _encode(found: re.Match[str]) -> str:

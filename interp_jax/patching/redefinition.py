@@ -10,14 +10,17 @@ bind are bound anew; the old values come back when the patch goes. Two cases:
   import has no such limit.
 
 Methods are carried out in a class body that starts with the names of the real class and hands its `__class__` cell to
-it, so `super()`, name mangling and `@x.setter` work. Hooks that ran over the class when it was made
-(`__init_subclass__`, a class decorator, flax's wrapping of methods) do not run over the new object. A changed class
-header is refused.
+it, so `super()`, name mangling and `@x.setter` work; `__set_name__` is called as for a new class. Hooks that ran over
+the class when it was made (`__init_subclass__`, a class decorator, flax's wrapping of methods) do not run over the new
+object. A changed class header is refused, and so are changed fields of dataclasses, named tuples and enumerations,
+whose class was made from them.
 """
 
+import abc
 import ast
 import copy
 import dataclasses
+import enum
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +76,8 @@ def _bind(owner: dict[str, Any] | type, name: str, value: Any) -> None:
         delattr(owner, name)
     else:
         setattr(owner, name, value)
+        if hasattr(type(value), "__set_name__"):
+            type(value).__set_name__(value, owner, name)
 
 
 def redefine(old: ast.Module, new: ast.Module, namespace: dict[str, Any], filename: str) -> Redefinition:
@@ -141,6 +146,11 @@ class _Scope:
                 function.__code__ = function.__code__.replace(co_firstlineno=first)
                 self._result.functions.append(function)
                 return
+        elif classes and _made_a_field(statement, classes[-1]):
+            raise DefinitionError(
+                f"{self._filename}:{statement.lineno}: a patch changes a field of {classes[-1].__qualname__}, which "
+                "was made from its fields as the module ran. Patch it with install_on_import() before it is imported."
+            )
         elif isinstance(statement, ast.ClassDef) or hasattr(statement, "body"):
             raise DefinitionError(
                 f"{self._filename}:{statement.lineno}: a patch changes a class header or a compound statement outside "
@@ -148,49 +158,89 @@ class _Scope:
             )
         owner = classes[-1] if classes else self._namespace
         for name, value in self._execute(statement, classes).items():
-            self._result.bindings.append((owner, name, value))
+            self._result.bindings.append((owner, name, _as_in_a_class(name, value) if classes else value))
 
     def _execute(self, statement: ast.stmt, classes: list[type]) -> dict[str, Any]:
         results: dict[str, Any] = {}
         body: list[ast.stmt] = [statement]
-        makers: dict[str, Any] = {}
+        # A statement sees what those above it bound anew.
+        around: dict[str, Any] = dict(self._new_globals)
         for depth in reversed(range(len(classes))):
             maker = f"_interp_jax_maker_{depth}"
             shell = ast.parse(f"class Shell(metaclass={maker}): pass").body[0]
             assert isinstance(shell, ast.ClassDef)
             shell.name, shell.body = classes[depth].__name__, body
             body = [ast.copy_location(shell, statement)]
-            makers[maker] = _maker(classes[depth], results if depth == len(classes) - 1 else {})
+            real = classes[depth]
+            anew = {name: value for owner, name, value in self._result.bindings if owner is real}
+            scope = {**around, **_type_parameters(real), **vars(real), **anew}
+            around[maker] = _maker(real, scope, results if depth == len(classes) - 1 else {})
         module = ast.Module([*self._future, *body], [])
         code = compile(ast.fix_missing_locations(module), self._filename, "exec", dont_inherit=True)
         self._result.codes.append(code)
-        # A statement sees what those above it bound anew.
-        names: dict[str, Any] = {**makers, **self._new_globals}
+        if not classes and "__annotations__" in self._namespace:
+            around = {"__annotations__": self._namespace["__annotations__"], **around}
+        names = _to_run_on(around)
         exec(code, self._namespace, names)
         if classes:
             return results
         future = {alias.asname or alias.name for node in self._future for alias in node.names}
-        own = {name: value for name, value in names.items() if name not in future}
-        own = {name: value for name, value in own.items() if self._new_globals.get(name, _MISSING) is not value}
+        own = {name: value for name, value in _changed(around, names).items() if name not in future}
         if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef) or statement.decorator_list:
             self._new_globals.update(own)
         return own
 
 
-def _maker(real: type, results: dict[str, Any]) -> Any:
+def _made_a_field(statement: ast.stmt, real: type) -> bool:
+    """Whether the class read what a statement of its body binds as it was made, and would not read it again."""
+    if isinstance(real, enum.EnumMeta) or (issubclass(real, tuple) and hasattr(real, "_fields")):
+        return isinstance(statement, ast.Assign | ast.AnnAssign)
+    plain = type(real) in (type, abc.ABCMeta) and not dataclasses.is_dataclass(real)
+    return isinstance(statement, ast.AnnAssign) and not plain
+
+
+def _maker(real: type, scope: dict[str, Any], results: dict[str, Any]) -> Any:
     """A metaclass that runs a class body over the names of a real class and makes no class."""
-    before = dict(vars(real))
 
     def make(name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type:
         cell = names.pop("__classcell__", None)
         if cell is not None:
             cell.cell_contents = real
-        changed = {key for key, value in names.items() if before.get(key, _MISSING) is not value}
-        results.update({key: names[key] for key in changed - _NOT_RESULTS})
+        results.update(_changed(scope, names))
         return real
 
-    make.__prepare__ = lambda name, bases: dict(before)  # pyright: ignore[reportFunctionMemberAccess]
+    make.__prepare__ = lambda name, bases: _to_run_on(scope)  # pyright: ignore[reportFunctionMemberAccess]
     return make
+
+
+def _type_parameters(real: type) -> dict[str, Any]:
+    return {parameter.__name__: parameter for parameter in getattr(real, "__type_params__", ())}
+
+
+def _to_run_on(scope: dict[str, Any]) -> dict[str, Any]:
+    """A copy for a body to run on, which adds to its annotations in place."""
+    names = dict(scope)
+    if "__annotations__" in names:
+        names["__annotations__"] = dict(names["__annotations__"])
+    return names
+
+
+def _changed(scope: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
+    """What a body bound that ran on a copy of `scope`."""
+    changed = {key for key, value in names.items() if scope.get(key, _MISSING) is not value} - _NOT_RESULTS
+    if names.get("__annotations__") == scope.get("__annotations__", {}):
+        changed.discard("__annotations__")
+    return {key: names[key] for key in names if key in changed}
+
+
+def _as_in_a_class(name: str, value: Any) -> Any:
+    """A class makes some of its functions class and static methods without being asked."""
+    if isinstance(value, types.FunctionType):
+        if name in ("__init_subclass__", "__class_getitem__"):
+            return classmethod(value)
+        if name == "__new__":
+            return staticmethod(value)
+    return value
 
 
 class _Stripper(ast.NodeTransformer):

@@ -93,13 +93,7 @@ def _bound_span(source: SourceText, bound: Any) -> tuple[int, int] | None:
 def _parameters_span(source: SourceText, bound: ast.arguments) -> tuple[int, int] | None:
     """The text between a definition's parentheses: stars and slashes are no nodes."""
     spans = sorted(source.span(node) for node in ast.iter_child_nodes(bound))
-    if not spans:
-        return None
-    start, end = spans[0][0], max(span[1] for span in spans)
-    opening = source.text.rfind("(", 0, start) + 1
-    closing = source.text.find(")", end)
-    start = opening if not source.text[opening:start].strip(" \t\n*,") else start
-    return start, closing if not source.text[end:closing].strip(" \t\n/,") else end
+    return source.between_brackets(spans[0][0], max(end for _, end in spans)) if spans else None
 
 
 # ------------------------------------------------------------------ text
@@ -137,7 +131,10 @@ class TextRewriter:
         if edit.is_expression:
             line = self.source.lines[self.source.line_at(edit.start) - 1]
             pieces = self._template(edit, indent=line[: len(line) - len(line.lstrip())])
-            return _parenthesised(pieces) if self._needs_parentheses(edit) or not _is_closed(pieces) else pieces
+            in_braces = isinstance(self._parents.get(edit.match.nodes[0]), ast.FormattedValue)
+            doubled = in_braces and pieces[0].text.startswith("{")  # Two braces in an f-string are a brace.
+            needed = doubled or self._needs_parentheses(edit) or not _is_closed(pieces)
+            return _parenthesised(pieces) if needed else pieces
         return self._statements(edit)
 
     def _needs_parentheses(self, edit: Edit) -> bool:
@@ -255,6 +252,10 @@ class TextRewriter:
                 expression: ast.expr = bound  # pyright: ignore[reportAssignmentType]
                 rendered = self.render(*self.source.span(expression))
                 whole = after.expression is not None and isinstance(after.expression, ast.Name)
+                if start in names and isinstance(around := parents.get(names[start]), ast.Subscript):
+                    whole = whole or (
+                        names[start] is around.slice and not isinstance(expression, ast.Yield | ast.YieldFrom)
+                    )
                 bare = isinstance(expression, _ATOMS) or (isinstance(expression, ast.Constant) and lead[-1:] != ".")
                 number = isinstance(expression, ast.Constant) and after.python[end : end + 1] == "."
                 if start in names and "\n" not in self.source.text[slice(*self.source.span(expression))]:

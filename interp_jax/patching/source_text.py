@@ -9,7 +9,9 @@ import bisect
 import functools
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from interp_jax.patching.errors import SourceError
 
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -52,14 +54,41 @@ class SourceText:
         return start, self.offset(node.end_lineno, node.end_col_offset)  # pyright: ignore[reportAttributeAccessIssue]
 
     @functools.cached_property
+    def _tokens(self) -> list[tuple[int, int, str]]:
+        """Start, end and text of each token that is not blank or a comment."""
+        skipped = (
+            tokenize.COMMENT,
+            tokenize.NL,
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+            tokenize.ENDMARKER,
+        )
+        return [
+            (self._starts[t.start[0] - 1] + t.start[1], self._starts[t.end[0] - 1] + t.end[1], t.string)
+            for t in tokenize.generate_tokens(io.StringIO(self.text).readline)
+            if t.type not in skipped
+        ]
+
+    @functools.cached_property
     def _parentheses(self) -> list[tuple[int, int]]:
         """Where parentheses stand that are no part of a string, and +1 or -1."""
-        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
-        return [
-            (self._starts[token.start[0] - 1] + token.start[1], 1 if token.string == "(" else -1)
-            for token in tokens
-            if token.type == tokenize.OP and token.string in ("(", ")")
-        ]
+        return [(start, 1 if text == "(" else -1) for start, _, text in self._tokens if text in ("(", ")")]
+
+    def between_brackets(self, start: int, end: int) -> tuple[int, int]:
+        """A stretch of parameters, made longer by the stars, slashes and commas around it, which are no nodes.
+
+        It reaches to the parentheses of a `def`, comments included, or to a lambda's colon.
+        """
+        start, end = self.balanced(start, end)
+        before = [token for token in self._tokens if token[0] < start]
+        while before and before[-1][2] in ("*", "**", ","):
+            start = before.pop()[0]
+        after = iter([token for token in self._tokens if token[0] >= end])
+        closing = next(token for token in after if token[2] not in (",", "/"))
+        if before and before[-1][2] == "(":
+            return before[-1][1], closing[0]
+        return start, closing[0]
 
     def balanced(self, start: int, end: int) -> tuple[int, int]:
         """A stretch of text, made longer until it holds its parentheses in pairs: a node's own span leaves them out.
@@ -126,15 +155,26 @@ class SourceText:
             The name of the other module and the member there, or None if no `from ... import` binds it.
         """
         name, dot, rest = member.partition(".")
-        for statement in _statements_of(self.tree):
-            if not isinstance(statement, ast.ImportFrom):
-                continue
-            for alias in statement.names:
-                if (alias.asname or alias.name) == name:
-                    package = module if self.filename.endswith("__init__.py") else module.rpartition(".")[0]
-                    base = package.rsplit(".", statement.level - 1)[0] if statement.level else ""
-                    return ".".join(part for part in (base, statement.module) if part), alias.name + dot + rest
+        for origin, alias in self._from_imports(module):
+            if (alias.asname or alias.name) == name:
+                return origin, alias.name + dot + rest
         return None
+
+    def all_imported_from(self, module: str) -> list[str]:
+        """The modules that the source takes everything from, `from ... import *`; the last one wins.
+
+        Args:
+            module: the name of the module that this is the source of.
+        """
+        return [origin for origin, alias in self._from_imports(module) if alias.name == "*"]
+
+    def _from_imports(self, module: str) -> Iterator[tuple[str, ast.alias]]:
+        package = module if self.filename.endswith("__init__.py") else module.rpartition(".")[0]
+        for statement in _statements_of(self.tree):
+            if isinstance(statement, ast.ImportFrom):
+                base = package.rsplit(".", statement.level - 1)[0] if statement.level else ""
+                for alias in statement.names:
+                    yield ".".join(part for part in (base, statement.module) if part), alias
 
     def member_names(self) -> list[str]:
         """The dotted names of everything that can be patched, for messages."""
@@ -149,6 +189,48 @@ class SourceText:
 
         walk(self.tree, "")
         return names
+
+
+def home_of(
+    member: str,
+    module: str,
+    source: SourceText,
+    source_of: Callable[[str], SourceText],
+    seen: frozenset[tuple[str, str]] = frozenset(),
+) -> tuple[str, str] | None:
+    """The module that defines a member which another one has, and the member's name there.
+
+    A package often only passes on what a submodule of a subpackage defines: `from ... import` is followed, to the end.
+
+    Args:
+        member: dotted.
+        module: the name of a module that has it.
+        source: that module's source.
+        source_of: gives other modules' source.
+        seen: modules and members that the trail has passed; modules may import from each other.
+
+    Returns:
+        Module and member; where the trail ends without a definition, its end; None if there is no trail.
+
+    Raises:
+        SourceError: a module on the way has no source.
+    """
+    if source.definitions(member):
+        return module, member
+    if (module, member) in seen:
+        return None
+    seen |= {(module, member)}
+    origin = source.imported_from(member, module)
+    if origin is not None and origin[0] != module:
+        return home_of(origin[1], origin[0], source_of(origin[0]), source_of, seen) or origin
+    for other in reversed(source.all_imported_from(module)):
+        try:
+            home = home_of(member, other, source_of(other), source_of, seen)
+        except (SourceError, ImportError):  # It may be one of several that a `try` chooses from.
+            continue
+        if home is not None:
+            return home
+    return None
 
 
 def _statements_of(scope: ast.AST) -> Iterator[ast.stmt]:
@@ -167,7 +249,8 @@ def _defines(statement: ast.stmt, name: str, *, assignments: bool) -> bool:
     if isinstance(statement, _Definition):
         return statement.name == name
     if assignments and isinstance(statement, ast.Assign):
-        return any(isinstance(target, ast.Name) and target.id == name for target in statement.targets)
+        bound = (node for target in statement.targets for node in ast.walk(target))
+        return any(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id == name for n in bound)
     if assignments and isinstance(statement, ast.AnnAssign):
         return isinstance(statement.target, ast.Name) and statement.target.id == name
     return False

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from interp_jax.patching import AlreadyImportedError, DefinitionError, MatchError, Patcher
+from interp_jax.patching import AlreadyImportedError, DefinitionError, MatchError, MemberError, Patcher
 
 
 @pytest.fixture
@@ -105,6 +105,29 @@ def test_relative_imports_and_members_that_a_package_passes_on(write_module, wai
         assert package.g(1) == 3
     finally:
         for name in [name for name in sys.modules if name.startswith("passing_on")]:
+            del sys.modules[name]
+
+
+def test_members_are_followed_through_packages_to_where_they_are_defined(write_module, waiting):
+    write_module("from .a import *\nfrom .b import D as E\n", "chain.__init__")
+    write_module("from .c import f, g as h\nfrom . import *\n", "chain.a")
+    write_module("try:\n    from nowhere import *\nexcept ImportError:\n    from .c import *\n", "chain.b")
+    write_module(
+        "def f(x):\n    return x + 1\ng = lambda x: x + 1\nclass D:\n    def m(self):\n        return 1\n", "chain.c"
+    )
+    patcher = waiting("chain", {"f": ["x + 1", "x + 5"], "h": ["x + 1", "x + 6"], "E.m": ["1", "3"]})
+    package = importlib.import_module("chain")
+    try:
+        for _ in range(2):
+            assert (package.f(0), package.h(0), package.E().m()) == (5, 6, 3)
+            patcher.uninstall()
+            assert (package.f(0), package.h(0), package.E().m()) == (1, 1, 1)
+            patcher.install()
+        patcher.uninstall()
+        with pytest.raises(MemberError, match="no member 'nothing'"):
+            Patcher(package, nothing=["1", "2"]).install()
+    finally:
+        for name in [name for name in sys.modules if name.startswith("chain")]:
             del sys.modules[name]
 
 

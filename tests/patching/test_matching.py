@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import sys
 
 import pytest
 
@@ -64,6 +65,12 @@ def _same(actual, expected):
         ("return (y := a) + y", "$x + y", "g($x)", "return g((y := a))"),
         ("return not a", "a", "a and b", "return not (a and b)"),
         ("return a[1:2]", "a", "(b, c)", "return (b, c)[1:2]"),
+        ("return a[1:2]", "$x[$i]", "g($x)[$i]", "return g(a)[1:2]"),
+        ("return a[:, 1]", "$x[$i]", "g($x)[$i]", "return g(a)[:, 1]"),
+        ("return a[b, c]", "$x[$i]", "g($x, $i)", "return g(a, (b, c))"),
+        ("return f'b{a}', 'b'", "'b'", "'c'", "return f'b{a}', 'c'"),
+        ("return 'a\tb'", "'a\tb'", "'c\td'", "return 'c\td'"),
+        ("return g(*a), g(b)", "g($x)", "$x", "return g(*a), b"),
     ],
 )  # fmt: skip
 def test_replacement(make_module, body, before, after, expected):
@@ -74,6 +81,54 @@ def test_replacement(make_module, body, before, after, expected):
         source = source.replace("\n        x'''", "\n    x'''")
         wanted = wanted.replace("\n        x'''", "\n    x'''")
     _same(_patched(make_module, source, before, after), wanted)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "a",
+        "a, /",
+        "*, a",
+        "*a",
+        "**a",
+        "a=(1),",
+        "a=(1, 2), *, b: int = (3)",
+        "a: 'x' = ')', /, *, b='('",
+        "\n  a,  # )\n",
+    ],
+)
+def test_a_run_of_all_parameters(make_module, parameters):
+    source = f"def f({parameters}) -> int:\n    return 1\n"
+    changed = ["def f($...p) -> int:\n    $...b", "def f($...p) -> str:\n    print()\n    $...b"]
+    _same(_patched(make_module, source, *changed), f"def f({parameters}) -> str:\n    print()\n    return 1")
+    if ":" not in parameters and "#" not in parameters:
+        source = f"def f():\n    return lambda {parameters}: 1\n"
+        after = _patched(make_module, source, "lambda $...p: 1", "g(lambda $...p: 2)")
+        _same(after, f"def f():\n    return g(lambda {parameters}: 2)")
+
+
+def test_strings_in_an_indented_pattern_stay_as_they_are(make_module):
+    source = 'def f():\n    x = """one\n  two\n\n    three"""\n    return x\n'
+    before = """
+        x = \"""one
+  two
+
+    three\"""
+    """
+    with Patcher(module := make_module(source), f=[before, before.replace("one", "1")]):
+        assert module.f() == "1\n  two\n\n    three"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tells no positions inside f-strings")
+def test_inside_f_strings(make_module):
+    source = """
+    def f(a):
+        return f"{g(a)!r:>{a + 1}}"
+    """
+    after = _patched(make_module, source, "g($x)", "{'b': $x}", "a + 1", "a + 2")
+    _same(after, """def f(a):\n    return f"{({'b': a})!r:>{a + 2}}\"""")
+    with pytest.raises(MatchError, match="shows its code as text"):
+        Patcher(make_module("def f(a):\n    return f'{a + 1=}'\n"), f=["a + 1", "a"]).install()
 
 
 def test_a_pattern_matches_targets_and_values(make_module):

@@ -422,6 +422,135 @@ def test_decorators_assignments_and_new_methods_in_place(make_module):
     assert dict(vars(module.C)) == originals
 
 
+def test_nested_classes_annotations_descriptors_and_implicit_class_methods_in_place(make_module):
+    module = make_module(
+        """
+        import functools
+
+        class Named:
+            def __init__(self, value):
+                self.value = value
+
+            def __set_name__(self, owner, name):
+                self.name = name
+
+            def __get__(self, instance, owner):
+                return self.name, self.value
+
+        class Outer:
+            class Inner:
+                __factor = 1
+
+                def m(self):
+                    return self.__factor
+
+        class C:
+            x: int = 1
+            field = Named(1)
+
+            def m(self):
+                return 1
+        """
+    )
+    annotations, originals = dict(module.C.__annotations__), dict(vars(module.C))
+    new = """
+    def m(self): $...body
+    @functools.cached_property
+    def once(self):
+        return 7
+    def __init_subclass__(cls):
+        cls.tag = 3
+    """
+    patches = {
+        "Outer.Inner": ["__factor = 1", "__factor = 5"],
+        "C": [
+            "x: int = 1",
+            "x: int = 1\ny: int = 2\nz: int = y + 1",
+            "Named(1)",
+            "Named(2)",
+            "def m(self): $...body",
+            new,
+        ],
+    }
+    with Patcher(module, patches):
+        assert module.Outer.Inner().m() == 5
+        assert (module.C.y, module.C.z, module.C.field, module.C().once) == (2, 3, ("field", 2), 7)
+        assert module.C.__annotations__ == {"x": int, "y": int, "z": int}
+        assert type("D", (module.C,), {}).tag == 3
+    assert module.Outer.Inner().m() == 1
+    assert (module.C.__annotations__, dict(vars(module.C))) == (annotations, originals)
+
+
+def test_comprehensions_that_ran_with_the_module_run_again(make_module):
+    module = make_module("A = [x + 1 for x in 'ab' and (1, 2)]\nB, C = tuple(x + 2 for x in (1, 2)), 5\n")
+    with Patcher(module, A=["x + 1", "x + 10"], B=["x + 2", "x + 20"], C=["5", "6"]):
+        assert (module.A, module.B, module.C) == ([11, 12], (21, 22), 6)
+    assert (module.A, module.B, module.C) == ([2, 3], (3, 4), 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "change"),
+    [
+        ("@dataclasses.dataclass\nclass C:\n    x: int = 1", ["x: int = 1", "x: int = 2"]),
+        ("@dataclasses.dataclass\nclass C:\n    x: int = 1", ["x: int = 1", "x: int = 1\ny: int = 2"]),
+        ("class C(typing.NamedTuple):\n    x: int = 1", ["x: int = 1", "x: int = 2"]),
+        ("class C(enum.Enum):\n    X = 1", ["X = 1", "X = 2"]),
+    ],
+)
+def test_fields_that_a_class_was_made_from_cannot_change_in_place(make_module, body, change):
+    module = make_module(f"import dataclasses, enum, typing\n\n{body}\n")
+    originals = dict(vars(module.C))
+    with pytest.raises(DefinitionError, match="changes a field of C"):
+        Patcher(module, C=change).install()
+    assert dict(vars(module.C)) == originals
+
+
+def test_results_that_a_cache_kept_go_with_the_code_that_made_them(make_module):
+    module = make_module("import functools\n\n@functools.lru_cache\ndef f(x):\n    return x + 1\n")
+    assert module.f(0) == 1
+    with Patcher(module, f=ONE_MORE):
+        assert module.f(0) == 100
+    assert module.f(0) == 1
+
+
+def test_a_patch_of_code_that_nothing_runs_is_refused(make_module, write_module):
+    module = make_module(
+        """
+        if True:
+            def f(x):
+                return x + 1
+        else:
+            def f(x):
+                return x + 2
+
+        def helper(x):
+            return x + 1
+
+        TABLE = sorted([3, 1], key=lambda v: v)
+        helper = None
+        """
+    )
+    for member, before in (("f", "x + 2"), ("helper", "x + 1"), ("TABLE", "lambda v: v")):
+        with pytest.raises(DefinitionError, match="no function runs the code"):
+            Patcher(module, {member: [before, before + " - 1"]}).install()
+    assert module.f(0) == 1
+
+
+def test_a_file_that_changed_since_the_import_is_refused(make_module, write_module):
+    module = make_module("def f(x):\n    return x + 1\n")
+    write_module("import math\n\ndef f(x):\n    return x + 1\n", module.__name__)
+    with pytest.raises(SourceError, match=r"on line 1 of this file, which has changed"):
+        Patcher(module, f=ONE_MORE).install()
+
+
+@pytest.mark.parametrize(
+    ("module", "member"), [("heapq", "heappush"), ("functools", "partial.__call__"), ("operator", "index")]
+)
+def test_a_member_that_c_has_replaced(module, member):
+    with pytest.raises(MemberError, match=rf"{module}.{member} is written in C .*has taken the place"):
+        Patcher(module, {member: ["def $f($...p):\n    $...body", "def $f($...p):\n    return 1"]}).install()
+
+
 def test_a_class_header_cannot_change_in_place(module):
     with pytest.raises(DefinitionError, match="install_on_import"):
         Patcher(module, Derived=["class Derived(Base): $...body", "class Derived(Base, object): $...body"]).install()

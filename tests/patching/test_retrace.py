@@ -1,5 +1,7 @@
 """JAX traces anew what it traced before a patch, without any cache being cleared."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -74,6 +76,26 @@ def test_a_jitted_member_by_its_own_name(make_module):
     with Patcher(module, h=["g(x) + 1", "g(x) + 7"]):
         assert float(module.h(x)) == 9
     assert (float(module.f(x)), float(module.h(x))) == (2, 3)
+
+
+def test_what_one_patcher_made_is_not_taken_for_another_s(make_module):
+    module = make_module(SOURCE)
+    x = jnp.float32(1)
+    for factor in range(3, 40):  # Each is gone before the next one comes, and may stand where it stood in memory.
+        with Patcher(module, g=["x * 2", f"x * {factor}"]):
+            assert float(module.f(x)) == factor
+
+
+def test_a_patch_made_on_import_can_go(write_module, make_module):
+    with Patcher(make_module(SOURCE), g=["x * 2", "x * 3"]):
+        pass
+    name = write_module(SOURCE)
+    patcher = Patcher(name, g=["x * 2", "x * 3"])
+    patcher.install_on_import()
+    module = importlib.import_module(name)
+    assert float(module.f(jnp.float32(1))) == 3
+    patcher.uninstall()
+    assert float(module.f(jnp.float32(1))) == 2
 
 
 def test_a_patch_holds_in_other_threads(make_module):
