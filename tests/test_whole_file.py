@@ -22,3 +22,17 @@ def test_a_failure_leaves_what_was_there(tmp_path):
         write_whole(path, "\ud800")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_blocks_are_written_one_after_another_or_not_at_all(tmp_path):
+    path = write_whole(tmp_path / "a", (block for block in (b"one", b"", b"two")))
+    assert path.read_bytes() == b"onetwo"
+
+    def cut_short():
+        yield b"three"
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_whole(path, cut_short())
+    assert path.read_bytes() == b"onetwo"
+    assert os.listdir(tmp_path) == ["a"]
