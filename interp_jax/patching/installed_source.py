@@ -29,7 +29,13 @@ def find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
     for end in range(1, len(parts) + 1):
         full = ".".join(parts[:end])
         finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
-        spec = next((found for finder in finders if (found := finder.find_spec(full, path))), None)
+        try:
+            spec = next((found for finder in finders if (found := finder.find_spec(full, path))), None)
+        except KeyError:
+            # A namespace package: Python asks the package around it, which has not been imported, for its path.
+            spec = importlib.machinery.ModuleSpec(full, None, is_package=True)
+            folders = [pathlib.Path(folder, parts[end - 1]) for folder in path or ()]
+            spec.submodule_search_locations = [str(folder) for folder in folders if folder.is_dir()]
         if spec is None:
             return None
         path = spec.submodule_search_locations
