@@ -1,5 +1,7 @@
 """The tunix patch set against the real library: small random models of each kind, then real weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,16 @@ def test_every_site_is_there_and_adds_up(cases, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_an_edit_at_each_site_changes_the_logits_under_jit_and_after_a_clean_call(cases, name):
     contract.check_edits(cases[name])
+
+
+def test_a_mixture_of_experts_has_all_sites_but_the_neurons():
+    case = make_case("qwen3", num_experts=4, num_experts_per_tok=2)
+    absent = dict.fromkeys(("mlp_pre", "mlp_act"), "each expert has its own")
+    rest = tuple(name for name in case.layer_sites if name not in absent)
+    case = dataclasses.replace(case, absent=absent, layer_sites=rest)
+    values = contract.check_sites(case)
+    contract.check_sums(case, values)
+    contract.check_edits(case)
 
 
 @pytest.mark.parametrize(
