@@ -16,7 +16,7 @@ import collections
 import dataclasses
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from interp_jax.patching.errors import PatchError, SourceError
@@ -27,7 +27,7 @@ from interp_jax.patching.pair import Pair, ParsedPair, parse_pair
 from interp_jax.patching.patch_set import PatchSet, SetPair
 from interp_jax.patching.patched_module import PatchedModule, Request, by_module, missing_member
 from interp_jax.patching.pattern import Origin
-from interp_jax.patching.renaming import Renaming, find_renamed
+from interp_jax.patching.renaming import find_renamed
 from interp_jax.patching.source_text import SourceText, home_of
 
 _STATUSES = ("matched", "moved", "missing")
@@ -196,7 +196,7 @@ def _check_module(patch_set: PatchSet, module: str, pairs: Sequence[tuple[SetPai
     by_member: dict[str, list[ParsedPair]] = {}
     for _, parsed in pairs:
         by_member.setdefault(parsed.member, []).append(parsed)
-    homes = {member: _home_of(member, each, name, source) for member, each in by_member.items()}
+    homes = {member: _home_of(member, each, name, source, by_member.keys()) for member, each in by_member.items()}
     # First all that match as they are: what one pair has, another's renamed code is not.
     nodes: dict[int, list[ast.AST]] = {}
     for i, (_, parsed) in enumerate(pairs):
@@ -238,10 +238,12 @@ def _not_matched(module: str, each: SetPair, parsed: ParsedPair, home: _Home, ta
     renamed = find_renamed(parsed.before, home.roots, parsed.count, taken, as_expression=parsed.is_expression)
     if renamed is not None:
         matches, renaming = renamed
-        return PairReport(
-            module, each, "moved", _place(home.source, matches[0].nodes[0]), f"{renaming}\n{_indented(nearest, 2)}",
-            _proposal(each, home, (parsed, renaming), module),
-        )  # fmt: skip
+        before, after = renaming.apply(parsed.before), renaming.apply(parsed.after)
+        if before is not None and after is not None:
+            return PairReport(
+                module, each, "moved", _place(home.source, matches[0].nodes[0]), f"{renaming}\n{_indented(nearest, 2)}",
+                _proposal(each, home, (before, after), module),
+            )  # fmt: skip
     count = len(find(parsed.before, home.roots, as_expression=parsed.is_expression))
     explanation = (
         f"matches {count} places in {home.member}, and {parsed.count} was expected; the nearest there (- the pattern, "
@@ -251,11 +253,16 @@ def _not_matched(module: str, each: SetPair, parsed: ParsedPair, home: _Home, ta
 
 
 def _elsewhere(parsed: ParsedPair, home: _Home, taken: set[ast.AST]) -> tuple[_Home, ast.AST] | None:
-    """The one other method of the same class, or function of the module, that the pattern fits as it is."""
+    """The one other method of the same class, or function of the module, that the pattern fits as it is and that the
+    member uses: its code went there, and did not stand there all along."""
     around = home.member.rpartition(".")[0]
+    nodes = [node for root in home.roots for node in ast.walk(root)]
+    used = {n.attr if isinstance(n, ast.Attribute) else n.id for n in nodes if isinstance(n, ast.Attribute | ast.Name)}
     found: list[tuple[_Home, ast.AST]] = []
     for name in home.source.member_names():
         if name == home.member or name.rpartition(".")[0] != around or home.source.is_class(name):
+            continue
+        if name.rpartition(".")[2] not in used:
             continue
         matches = find(parsed.before, home.source.definitions(name), as_expression=parsed.is_expression)
         if len(matches) == parsed.count and not any(node in taken for match in matches for node in match.nodes):
@@ -263,7 +270,9 @@ def _elsewhere(parsed: ParsedPair, home: _Home, taken: set[ast.AST]) -> tuple[_H
     return found[0] if len(found) == 1 else None
 
 
-def _home_of(member: str, pairs: Sequence[ParsedPair], module: str, source: SourceText) -> _Home | None:
+def _home_of(
+    member: str, pairs: Sequence[ParsedPair], module: str, source: SourceText, others: Collection[str]
+) -> _Home | None:
     """Where a member is now: under its name, passed on from another module, or under another name."""
     try:
         found = home_of(member, module, source, installed_source)
@@ -279,10 +288,12 @@ def _home_of(member: str, pairs: Sequence[ParsedPair], module: str, source: Sour
             for pair in pairs
         )
         for name in source.member_names()
+        if not any(f"{other}.".startswith(f"{name}.") for other in others)
     }
     # A class matches where its method does: the longer name is the more exact.
     ranked = sorted((score, name.count("."), name) for name, score in scores.items() if score)
-    if not ranked or (len(ranked) > 1 and ranked[-2][:2] == ranked[-1][:2]):
+    is_most = bool(ranked) and 2 * ranked[-1][0] > len(pairs)
+    if not is_most or (len(ranked) > 1 and ranked[-2][:2] == ranked[-1][:2]):
         return None
     return _Home(module, ranked[-1][2], source)
 
@@ -317,11 +328,8 @@ def _place(source: SourceText, node: ast.AST) -> str:
     return f"{source.filename}:{source.line_at(source.span(node)[0])}"
 
 
-def _proposal(each: SetPair, home: _Home, renamed: tuple[ParsedPair, Renaming] | None, module: str) -> str:
-    before, after = each.pair.before, each.pair.after
-    if renamed is not None:
-        parsed, renaming = renamed
-        before, after = renaming.apply(parsed.before), renaming.apply(parsed.after)
+def _proposal(each: SetPair, home: _Home, renamed: tuple[str, str] | None, module: str) -> str:
+    before, after = renamed or (each.pair.before, each.pair.after)
     lines = [] if home.module == module else [f"# under the module {home.module}"]
     lines += ["[[modules.pairs]]", f'member = "{home.member}"']
     if each.sites:

@@ -22,6 +22,7 @@ from interp_jax.patching.patched_module import (
     Request,
     by_module,
     find_source,
+    import_needed,
     lock,
     patched_module_of,
     register,
@@ -71,6 +72,7 @@ class _PatchingLoader(importlib.abc.Loader):
                 if target == name:
                     own.append(part)
                 elif target in sys.modules:
+                    import_needed([part])
                     with lock:
                         other = patched_module_of(sys.modules[target])
                         other.set_requests([*other.without(request), part])

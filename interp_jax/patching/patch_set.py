@@ -152,13 +152,17 @@ def install(name: str | os.PathLike[str]) -> PatchSet:
         PatchError: a module that has been imported cannot be patched; then no module is. For the others, their import
             raises it.
     """
+    patch_set = load(name)
+    patchers = patch_set.patchers()
+    for patcher in patchers:
+        if patcher.module_name in sys.modules:
+            patcher.import_needed()
     with lock:
-        patch_set = load(name)
         if patch_set.path in _installed:
             return _installed[patch_set.path]
         done: list[Patcher] = []
         try:
-            for patcher in patch_set.patchers():
+            for patcher in patchers:
                 if patcher.module_name in sys.modules:
                     patcher.install()
                 else:

@@ -13,13 +13,14 @@ import builtins
 import copy
 import dataclasses
 import importlib
+import importlib.machinery
 import itertools
 import linecache
 import symtable
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from interp_jax.patching.code_objects import (
@@ -554,6 +555,19 @@ def imported_names(statement: str) -> dict[str, Any]:
     return names
 
 
+def import_needed(requests: Iterable[Request]) -> None:
+    """Imports what the new code uses, for a caller that does not hold `lock`.
+
+    An import takes locks of its own. Another thread may hold one of them and wait for `lock`: one that imports a module
+    that is patched on import.
+
+    Raises:
+        PatchError: an import fails.
+    """
+    for statement in dict.fromkeys(statement for request in requests for statement in request.imports):
+        imported_names(statement)
+
+
 def missing_member(source: SourceText, member: str) -> str:
     """Says that a module does not define a member, and what it does define that is similar."""
     import difflib
@@ -609,12 +623,25 @@ def find_source(name: str, module: types.ModuleType | None, loader: Any) -> Sour
     if text is None and filename is not None and not filename.endswith((".so", ".pyd")):
         text = "".join(linecache.getlines(filename)) or None
     if name in sys.builtin_module_names or text is None or filename is None:
-        kind = "built in" if name in sys.builtin_module_names else f"loaded by {type(loader).__name__} from {filename}"
         raise SourceError(
-            f"The source of module {name!r} cannot be found ({kind}), so it cannot be patched. Only modules "
-            f"written in Python can."
+            f"The source of module {name!r} cannot be found: {_why_no_source(name, loader, filename)}. Only what is "
+            "written in Python, in a file, can be patched."
         )
     return SourceText(text, filename)
+
+
+def _why_no_source(name: str, loader: Any, filename: str | None) -> str:
+    if name in sys.builtin_module_names:
+        return "it is built in, in C"
+    if loader is importlib.machinery.FrozenImporter:
+        return "it is frozen into the interpreter"
+    if filename is not None and filename.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES)):
+        return f"it is written in C, {filename}"
+    if filename is not None and filename.endswith(".pyc"):
+        return f"only its compiled code is there, {filename}"
+    if filename is None or filename.startswith("<"):
+        return "it was typed in or made by a program, and is in no file"
+    return f"{getattr(loader, '__name__', type(loader).__name__)} gives none for {filename}"
 
 
 _modules: dict[str, PatchedModule] = {}

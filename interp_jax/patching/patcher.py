@@ -16,6 +16,7 @@ from interp_jax.patching.patched_module import (
     PatchedModule,
     Request,
     by_module,
+    import_needed,
     lock,
     patched_module_of,
     patched_modules,
@@ -90,6 +91,7 @@ class Patcher:
             PatchError: a pair does not match, or the change cannot be made. Nothing has changed then.
         """
         module = self._module or importlib.import_module(self.module_name)
+        self.import_needed()
         with lock:
             if not self._depth:
                 named = patched_module_of(module)
@@ -106,6 +108,14 @@ class Patcher:
                         state.set_requests(state.without(self._request))
                     raise
             self._depth += 1
+
+    def import_needed(self) -> None:
+        """Imports what the new code uses; `install` does, too, and this need not hold the lock.
+
+        Raises:
+            PatchError: an import fails.
+        """
+        import_needed([self._request])
 
     def uninstall(self) -> None:
         """Takes the patches back, however they were made.

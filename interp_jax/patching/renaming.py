@@ -2,19 +2,27 @@
 
 Every identifier of the pattern becomes a metavariable, so that the ordinary matcher tells what each is called in the
 source. Of the places found, the one that needs the fewest new names is the answer, provided that there is one such and
-that most names are what they were: with all of them free, `self.mlp(x)` is any method call.
+that it is a rename beyond doubt, as a wrong proposal is worse than none:
+
+- as many names are what they were as are new, `self` aside, or the new ones resemble the old: with its names free,
+  `self.embed(x)` is any method call;
+- no new name is one that the pattern has already: `k = self.k(x)` above `v = self.v(x)`, the other way round, is no
+  rename of `k` to `v`, though it looks like one;
+- the pair's new text, read again, is the old one with other names. Text inside f-strings, for one, is not renamed.
 """
 
 import ast
 import copy
 import dataclasses
-import io
-import tokenize
-from collections.abc import Collection, Mapping, Sequence
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from interp_jax.patching.matching import Match, find
-from interp_jax.patching.pattern import Pattern, as_metavariable, metavariable, run_metavariable
+from interp_jax.patching.errors import PatternSyntaxError
+from interp_jax.patching.matching import Match, equal, find
+from interp_jax.patching.pattern import Pattern, as_metavariable, metavariable, parse_pattern, run_metavariable
+from interp_jax.patching.source_text import SourceText
 
 # Where identifiers stand in the tree, and what kind of name each is. The same letters may be an attribute here and a
 # variable there; only one of them may have been renamed.
@@ -38,27 +46,33 @@ class Renaming:
     attributes: Mapping[str, str]
     keywords: Mapping[str, str]
 
-    def apply(self, pattern: Pattern) -> str:
-        """The pattern's text with the source's names."""
-        tokens = [t for t in tokenize.generate_tokens(io.StringIO(pattern.python).readline) if t.string.strip()]
-        starts = [0]
-        for line in pattern.python.split("\n"):
-            starts.append(starts[-1] + len(line) + 1)
-        text, depth = pattern.text, 0
+    def apply(self, pattern: Pattern) -> str | None:
+        """The pattern's text with the source's names.
+
+        None where it cannot be written, or has one of the new names for something of its own.
+        """
+        kinds = {"name": self.variables, "parameter": self.variables, "definition": self.variables}
+        kinds |= {"attribute": self.attributes, "keyword": self.keywords}
+        source = SourceText(pattern.python, pattern.origin.path)
+        body = copy.deepcopy(list(pattern.body))
         changes: list[tuple[int, int, str]] = []
-        for i, token in enumerate(tokens):
-            depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(token.string, 0)
-            if token.type != tokenize.NAME:
-                continue
-            before = tokens[i - 1].string if i else ""
-            after = tokens[i + 1].string if i + 1 < len(tokens) else ""
-            kind = self.attributes if before == "." else self.keywords if depth and after == "=" else self.variables
-            start = starts[token.start[0] - 1] + token.start[1]
-            changes.append((start, start + len(token.string), kind.get(token.string, token.string)))
-        for start, end, name in reversed(changes):
-            if pattern.python[start:end] != name:
-                text = text[:start] + name + text[end:]
-        return text
+        for node, field, kind in _identifiers(body):
+            old = getattr(node, field)
+            new = kinds[kind].get(old, old)
+            if old == new and old in kinds[kind].values():
+                return None
+            if old != new:
+                setattr(node, field, new)
+                start = _place(source, node, old)
+                changes.append((start, start + len(old), new))
+        text = pattern.text
+        for start, end, new in sorted(changes, reverse=True):
+            text = text[:start] + new + text[end:]
+        try:
+            written = parse_pattern(text, pattern.origin).body
+        except PatternSyntaxError:
+            return None
+        return text if equal(body, list(written)) else None
 
     def __str__(self) -> str:
         keywords = {old: new for old, new in self.keywords.items() if self.variables.get(old) != new}
@@ -92,8 +106,8 @@ def find_renamed(
     best = sorted((_changed(names), names) for names, matches in found.items() if len(matches) == count)
     if not best or (len(best) > 1 and best[1][0] == best[0][0]):
         return None
-    changed, names = best[0]
-    if not 0 < changed <= max(1, len(names) // 2):
+    names = best[0][1]
+    if not _is_beyond_doubt(names):
         return None
     by_kind: dict[str, dict[str, str]] = {"name": {}, "attribute": {}, "keyword": {}}
     for key, new in names:
@@ -107,13 +121,31 @@ def find_renamed(
 
 def _with_free_names(pattern: Pattern) -> Pattern:
     body = copy.deepcopy(pattern.body)
+    for node, field, kind in _identifiers(body):
+        setattr(node, field, as_metavariable(kind + _SEPARATOR + getattr(node, field)))
+    return dataclasses.replace(pattern, body=body)
+
+
+def _identifiers(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AST, str, str]]:
+    """Node, field and kind of each identifier that is no metavariable."""
     for statement in body:
         for node in ast.walk(statement):
             for field, kind in _FIELDS.get(type(node), {}).items():
                 name = getattr(node, field)
                 if name is not None and metavariable(name) is None and run_metavariable(_as_node(node, name)) is None:
-                    setattr(node, field, as_metavariable(kind + _SEPARATOR + name))
-    return dataclasses.replace(pattern, body=body)
+                    yield node, field, kind
+
+
+def _place(source: SourceText, node: Any, name: str) -> int:
+    start, end = source.span(node)
+    if isinstance(node, ast.Attribute):
+        return end - len(name)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        keyword = re.compile(r"(async\s+def|def|class)\s+").match(
+            source.text, source.offset(node.lineno, node.col_offset)
+        )
+        return keyword.end() if keyword else start
+    return start
 
 
 def _as_node(node: ast.AST, name: str) -> ast.AST:
@@ -132,6 +164,20 @@ def _names(bindings: Mapping[str, Any]) -> dict[str, str] | None:
         names[key] = name
     kinds = [(key.split(_SEPARATOR, 1)[0], new) for key, new in names.items()]
     return names if len(set(kinds)) == len(kinds) else None
+
+
+def _is_beyond_doubt(names: Sequence[tuple[str, str]]) -> bool:
+    pairs = [(*key.split(_SEPARATOR, 1), new) for key, new in names]
+    changed = [(kind, old, new) for kind, old, new in pairs if old != new]
+    already = {(kind, old) for kind, old, _ in pairs}
+    if not changed or any((kind, new) in already for kind, _, new in changed):
+        return False
+    kept = [old for _, old, new in pairs if old == new and old not in ("self", "cls")]
+    return len(changed) <= len(kept) or all(_resemble(old, new) for _, old, new in changed)
+
+
+def _resemble(old: str, new: str) -> bool:
+    return difflib.SequenceMatcher(None, old, new, autojunk=False).ratio() > 0.6
 
 
 def _changed(names: Sequence[tuple[str, str]]) -> int:

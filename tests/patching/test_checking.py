@@ -187,6 +187,44 @@ def test_code_that_went_into_another_method(library, tmp_path):
     assert patching.check(_proposed_set(report, tmp_path)).fits
 
 
+QKV = "class A:\n    def m(self, x, layer=0):\n        q = self.q(x)\n        k = self.k(x)\n        return q * k\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "before", "after", "proposed"),
+    [
+        # Renames, and how the new pair is written.
+        (QKV.replace(".k(", ".key("), "k = self.k(x)", "k = site(self.k(x))", "before = 'k = self.key(x)'"),
+        (QKV.replace("layer", "index"), "def m(self, x, layer=0):\n    $...b",
+         "def m(self, x, layer=0):\n    note(layer)\n    $...b", "note(index)"),
+        (QKV.replace("q * k", "q * self.keep"), "return q * self.kept", "return site(q * self.kept)",
+         "site(q * self.keep)"),
+        # What looks like one and may not be.
+        (QKV.replace(".k(", ".f(").replace(".q(", ".k(").replace(".f(", ".q("), "q = self.q(x)\nk = self.k(x)",
+         "q = site(self.q(x))\nk = self.k(x)", ""),
+        (QKV.replace("return q * k", "return self.head(q * k)"), "self.embed($x)", "site(self.embed($x))", ""),
+        (QKV.replace("k = ", "layer = "), "k = self.k(x)", "layer, k = 0, self.k(x)", ""),
+        (QKV.replace("        q = self.q(x)\n", "") + "\n    def other(self, x):\n        q = self.q(x)\n",
+         "q = self.q(x)", "q = site(self.q(x))", ""),
+        (QKV.replace("class A", "class Other").replace("self.q", "self.w_q") + "\n\nclass B:\n    def m(self, x):\n"
+         "        q = self.q(x)\n", "q = self.q(x)", "q = site(self.q(x))", ""),
+    ],
+)  # fmt: skip
+def test_a_new_pair_is_proposed_only_where_it_is_beyond_doubt(library, tmp_path, source, before, after, proposed):
+    library(source)
+    path = tmp_path / "mine" / "other.toml"
+    head = 'distribution = "a-library"\nversions = ""\n[[modules]]\nname = "a_library.model"\n'
+    members = ["A.m", "B.m"] if "class B" in source else ["A.m"]
+    pairs = [f"[[modules.pairs]]\nmember = '{m}'\nbefore = '''{before}'''\nafter = '''{after}'''\n" for m in members]
+    path.write_text(head + "".join(pairs))
+    report = patching.check(patching.load(path))
+    assert report.pairs[0].status == ("moved" if proposed else "missing")
+    assert proposed in report.pairs[0].proposal
+    if proposed:
+        path.write_text(head + report.pairs[0].proposal)
+        assert patching.check(patching.load(path)).fits
+
+
 def test_a_module_that_moved(library):
     report = patching.check(
         library(V1, module="layers", others={"a_library/other.py": "class Elsewhere: pass\n"}.items())

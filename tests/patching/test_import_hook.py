@@ -7,6 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -129,6 +130,24 @@ def test_members_are_followed_through_packages_to_where_they_are_defined(write_m
     finally:
         for name in [name for name in sys.modules if name.startswith("chain")]:
             del sys.modules[name]
+
+
+def test_imports_of_a_patch_wait_for_no_thread_that_waits_for_the_patch(write_module, make_module, waiting):
+    slow = write_module("import time\ntime.sleep(0.2)\ndef f(x):\n    return x + 1\n")
+    user = write_module(f"import time\ntime.sleep(0.1)\nimport {slow}\ndef f(x):\n    return x + 1\n")
+    module = make_module("def f(x):\n    return x + 1\n")
+    for name in (slow, user):
+        waiting(name, f=["x + 1", "x + 5"])
+    other = Patcher(module, f=["x + 1", "x + 2"], imports=[f"import {user} as needed"])
+    work = [lambda: importlib.import_module(user), other.install]
+    threads = [threading.Thread(target=each, daemon=True) for each in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert module.f(0) == 2
+    other.uninstall()
 
 
 def test_a_failing_module_is_not_left_half_imported(write_module, waiting):

@@ -9,6 +9,7 @@ import pdb
 import sys
 import threading
 import traceback
+import types
 
 import pytest
 
@@ -569,6 +570,10 @@ def test_errors_about_members_and_modules(module):
         Patcher("math", sin=["x", "y"]).install()
     with pytest.raises(SourceError, match="built in"):
         Patcher("sys", exit=["x", "y"]).install()
+    with pytest.raises(SourceError, match="written in C"):
+        Patcher("_json", scanner=["x", "y"]).install()
+    with pytest.raises(SourceError, match="typed in"):
+        Patcher(types.ModuleType("nowhere"), f=["x", "y"]).install()
     with pytest.raises(TypeError, match="lacks its other half"):
         Patcher(module, plain=["x + 1"])
     with pytest.raises(AlreadyImportedError, match="imported already"):
