@@ -94,6 +94,7 @@ $(VENV)-tpu/.done: pyproject.toml constraints.txt $(VENV)/.uv
 
 # What a library declares is often far more than its models need: such are installed alone, what they need beside them.
 LISTS := tests/patching/libraries/environments
+.PRECIOUS: .venv-patches/%/.done # or make deletes it as a step between, and makes the environment anew the next time
 .venv-patches/%/.done: pyproject.toml $(LISTS)/%.txt $(LISTS)/%.alone.txt $(VENV)/.uv
 	$(UV) venv --quiet --clear --python $(BIN)/python .venv-patches/$*
 	$(INSTALL) --python .venv-patches/$*/bin/python -e . pytest pytest-timeout beartype -r $(LISTS)/$*.txt
