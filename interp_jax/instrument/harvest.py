@@ -172,6 +172,11 @@ class Harvester(jax.core.Trace):
 
         return linear_util.wrap_init(call, debug_info=rule.debug_info)
 
+    def process_call(self, primitive: Any, fun: Any, tracers: Sequence[Any], params: dict[str, Any], /) -> Any:
+        # JAX makes such calls where it splits a nested scan for a backward pass; they mean what their code means.
+        with trace_context.entered(self):
+            return fun.call_wrapped(*tracers)
+
     def process_shard_map(self, primitive: Any, fun: Any, tracers: Any, /, **params: Any) -> Any:
         assert self.level is not None
         with trace_context.entered(self.parent):

@@ -201,3 +201,28 @@ def test_nnx_modules_that_rematerialise(around, split):
 
     _, gradients = around(ij.gradients(forward, "mlp_out"))(params if split else model, X)
     close(gradients[None, "mlp_out"], 2 * (X + np.tanh(X @ W[0])))
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("inner", [lambda function: function, jax.checkpoint], ids=["plain", "checkpoint"])
+def test_in_a_scan_of_scans(inner, layer):
+    """JAX splits the inner scan by calls of functions, which every trace is asked for."""
+
+    def model(x, w):
+        def chunk(x, w):
+            return ij.layer_scan(lambda x, w: (block(x, w, ij.site), None), x, w)
+
+        x, _ = ij.layer_scan(inner(chunk), x, w.reshape(2, LAYERS // 2, 4, 4))
+        return (x**3).sum()
+
+    _, gradients = jax.jit(ij.gradients(model, "resid_post", layer))(X, W)
+    x = X
+    for w in W[: layer + 1]:
+        x = x + jnp.tanh(x @ w)
+
+    def rest(x):
+        for w in W[layer + 1 :]:
+            x = x + jnp.tanh(x @ w)
+        return (x**3).sum()
+
+    close(gradients[layer, "resid_post"], jax.grad(rest)(x))
