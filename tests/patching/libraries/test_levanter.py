@@ -25,13 +25,18 @@ pytestmark = [pytest.mark.caches, pytest.mark.filterwarnings("ignore::Deprecatio
 BATCH, SEQ, D_MODEL, D_MLP, HEADS, KV_HEADS, LAYERS, VOCAB = 2, 10, 32, 48, 4, 2, 3, 64
 D_HEAD = D_MODEL // HEADS
 
-# Each with what it has of its own in its configuration.
+# Each with what it has of its own in its configuration. Checkpointing is the default; eagerly it compiles every layer.
 CASES = {
     "llama": {},
     "llama, not scanned": {"scan_layers": False},
     "llama, scan in scan": {"gradient_checkpointing": "nested", "num_layers": 4},
-    "llama, norms": {"hybrid_norm": True, "use_qk_norm": True, "input_embedding_norm": True},
-    "gpt2": {},
+    "llama, norms": {
+        "hybrid_norm": True,
+        "use_qk_norm": True,
+        "input_embedding_norm": True,
+        "gradient_checkpointing": False,
+    },
+    "gpt2": {"gradient_checkpointing": False},
     "gpt2, by depth": {"scale_attn_by_inverse_layer_idx": True, "gradient_checkpointing": False},
 }
 
@@ -139,45 +144,44 @@ def test_the_files_declare_the_sites_that_they_make():
 
 @pytest.fixture(scope="module")
 def by_hand(case_of):
-    """The unscanned model with the weights of the scanned one: its logits, values and gradients, layer by layer."""
+    """The layers in a loop with the weights of those that are scanned: values and gradients."""
     scanned, looped = case_of("llama"), case_of("llama, not scanned")
-    hax = _modules()[0]
-    stacked = scanned.params.transformer.layers.stacked
     blocks = [
-        jax.tree.map(lambda leaf, layer=layer: leaf["layer", layer], stacked, is_leaf=_is_named(hax))
-        for layer in range(LAYERS)
+        _filled(block, [leaf[layer] for leaf in jax.tree.leaves(scanned.params.transformer.layers)])
+        for layer, block in enumerate(looped.params.transformer.layers.blocks)
     ]
     layers = dataclasses.replace(looped.params.transformer.layers, blocks=blocks)
-    transformer = dataclasses.replace(scanned.params.transformer, layers=layers)
+    norm = _filled(looped.params.transformer.norm, jax.tree.leaves(scanned.params.transformer.norm))
+    transformer = dataclasses.replace(looped.params.transformer, layers=layers, norm=norm)
     params = dataclasses.replace(scanned.params, transformer=transformer)
-    logits, values = ij.fetch(looped.forward)(params, looped.tokens)
+    _, values = ij.fetch(looped.forward)(params, looped.tokens)
     _, gradients = ij.gradients(looped.forward, "resid_post", 1, objective=_objective)(params, looped.tokens)
-    return logits, values, gradients
+    return values, gradients
 
 
-def _is_named(hax):
-    return lambda leaf: isinstance(leaf, hax.NamedArray)
+def _filled(module, leaves):
+    return jax.tree.unflatten(jax.tree.structure(module), leaves)
 
 
 def _objective(logits):
     return logits[:, -1, 3].sum() - logits[:, -1, 5].sum()
 
 
-POLICIES = [True, False, "recompute", "full", "save_all", "nested", "names"]
+POLICIES = [True, False, "recompute", "save_all", "nested", "save inputs"]
 
 
-def _policy(policy):
-    if policy != "names":
-        return policy
-    from haliax.nn import ScanCheckpointPolicy
+def _policy_case(policy):
+    if policy == "save inputs":
+        from haliax.nn import ScanCheckpointPolicy
 
-    return ScanCheckpointPolicy(save_carries=True, save_inputs=True, save_block_internals=["Llama"])
+        policy = ScanCheckpointPolicy(save_inputs=True)
+    return make_case("llama", gradient_checkpointing=policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_layer_is_fetched_under_jit_whatever_is_checkpointed(policy, case_of, by_hand):
-    case = case_of("llama", gradient_checkpointing=_policy(policy))
-    _, expected, _ = by_hand
+def test_one_layer_is_fetched_under_jit_whatever_is_checkpointed(policy, by_hand):
+    case = _policy_case(policy)
+    expected, _ = by_hand
     fetch = jax.jit(ij.fetch(case.forward, ("resid_post", "attn_probs"), 1))
     logits, values = fetch(case.params, case.tokens)
     assert list(values) == [(1, "attn_probs"), (1, "resid_post")]
@@ -188,18 +192,19 @@ def test_one_layer_is_fetched_under_jit_whatever_is_checkpointed(policy, case_of
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradients_at_one_layer_whatever_is_checkpointed(policy, case_of, by_hand):
-    case = case_of("llama", gradient_checkpointing=_policy(policy))
-    _, _, expected = by_hand
+def test_gradients_at_one_layer_whatever_is_checkpointed(policy, by_hand):
+    case = _policy_case(policy)
+    _, expected = by_hand
     gradients_of = jax.jit(ij.gradients(case.forward, "resid_post", 1, objective=_objective))
     _, gradients = gradients_of(case.params, case.tokens)
     assert list(gradients) == [(1, "resid_post")]
     np.testing.assert_allclose(gradients[1, "resid_post"], expected[1, "resid_post"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("case_of")
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_gradient_of_the_weights_through_an_edit(policy, case_of):
-    case = case_of("llama", gradient_checkpointing=_policy(policy))
+def test_the_gradient_of_the_weights_through_an_edit(policy):
+    case = _policy_case(policy)
 
     def loss(params, factor):
         for layer, _, value in (running := ij.iterate(case.forward, sites="mlp_out")(params, case.tokens)):
@@ -226,8 +231,9 @@ def _replaced(node, path, value):
     return dataclasses.replace(node, **{path[0]: _replaced(getattr(node, path[0]), path[1:], value)})
 
 
-def test_a_layer_costs_no_unrolling(case_of):
-    case = case_of("llama", gradient_checkpointing=False)
+@pytest.mark.usefixtures("case_of")
+def test_a_layer_costs_no_unrolling():
+    case = _policy_case(False)
 
     def matmuls(jaxpr):
         inner = [one for eqn in jaxpr.eqns for one in jax.extend.core.jaxprs_in_params(eqn.params)]
@@ -245,8 +251,8 @@ def test_a_layer_costs_no_unrolling(case_of):
 def test_under_fused_attention_all_else_is_there(name, case_of):
     attention = _modules()[3]
     fused = {"attn_backend": attention.AttentionBackend.JAX_FLASH, "flash_attention_block_size": 5}
-    case = case_of(name)
-    _, values = ij.fetch(make_case(name, **fused).forward)(case.params, case.tokens)
+    case, fused_case = case_of(name), make_case(name, **fused)
+    _, values = ij.fetch(fused_case.forward)(fused_case.params, case.tokens)
     _, expected = ij.fetch(case.forward)(case.params, case.tokens)
     without = [site for site in expected if site[1] not in ("attn_logits", "attn_probs")]
     assert list(values) == without
@@ -354,6 +360,6 @@ def test_smollm2_gives_the_reference_loss(smollm2):
 @pytest.mark.slow
 def test_smollm2_agrees_with_another_library_site_by_site(smollm2):
     real, forward, params = smollm2
-    _, values = ij.fetch(forward)(params, real.tokens)
+    _, values = jax.jit(ij.fetch(forward))(params, real.tokens)
     actual = {site: np.asarray(value) for site, value in values.items()}
     contract.check_agreement(actual, real.sites)
