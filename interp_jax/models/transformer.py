@@ -716,4 +716,4 @@ def _read_config(path: Path, text: str) -> TransformerConfig:
         raise ValueError(
             f"{path} is not a TransformerConfig: missing {sorted(missing)}, unknown {sorted(given - known.keys())}."
         )
-    return TransformerConfig(**fields)
+    return TransformerConfig.from_json(fields)

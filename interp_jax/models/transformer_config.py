@@ -114,11 +114,6 @@ class TransformerConfig:
     """Whether the logits have a bias."""
 
     def __post_init__(self) -> None:
-        # What a JSON file holds as lists and tables.
-        if self.local_layers is not None:
-            object.__setattr__(self, "local_layers", tuple(bool(each) for each in self.local_layers))
-        if isinstance(self.rotary_scaling, dict):
-            object.__setattr__(self, "rotary_scaling", RotaryScaling(**self.rotary_scaling))
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "context")
         for size in sizes:
             if getattr(self, size) < 1:
@@ -181,6 +176,16 @@ class TransformerConfig:
             return self.rotary_base_local**exponents
         frequencies = self.rotary_base**exponents
         return frequencies if self.rotary_scaling is None else self.rotary_scaling.apply(frequencies)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "TransformerConfig":
+        """What `as_json` gave, after a way through a file that knows lists and tables only."""
+        fields = dict(fields)
+        if fields.get("local_layers") is not None:
+            fields["local_layers"] = tuple(fields["local_layers"])
+        if fields.get("rotary_scaling") is not None:
+            fields["rotary_scaling"] = RotaryScaling(**fields["rotary_scaling"])
+        return TransformerConfig(**fields)
 
     def as_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and all sizes: what a file holds."""

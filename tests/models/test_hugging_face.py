@@ -1,0 +1,288 @@
+"""Every family from a Hugging Face directory, against what PyTorch's `transformers` computed with the same weights."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import pytorch_reference
+import safetensors.numpy
+
+import interp_jax as ij
+from interp_jax.models import transformer
+from interp_jax.models.hugging_face import FAMILIES, config_from_hugging_face, load_hugging_face
+from interp_jax.models.transformer import apply
+
+# The leak checker bypasses the trace caches and would trace every small operation of every layer anew.
+pytestmark = pytest.mark.caches
+
+CASES = pytorch_reference.read()
+TOKENS = jnp.asarray(pytorch_reference.TOKENS)
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    return request.param
+
+
+def write_directory(folder, case, *, change=lambda tensors: tensors, n_shards=1, dtype=np.float32, **fields):
+    """A directory as `save_pretrained` makes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = CASES[case]
+    (folder / "config.json").write_text(json.dumps(entry["config"] | fields))
+    tensors = pytorch_reference.random_tensors(entry["shapes"], case)
+    tensors = change({name: np.ascontiguousarray(each.astype(dtype)) for name, each in tensors.items()})
+    if n_shards == 1:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+        return folder
+    where = {name: f"model-{i % n_shards + 1:05}-of-{n_shards:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        safetensors.numpy.save_file({n: t for n, t in tensors.items() if where[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def directory(case, tmp_path_factory):
+    return write_directory(tmp_path_factory.mktemp(case), case)
+
+
+def test_logits_and_sites_are_pytorch_s(case, directory):
+    model = load_hugging_face(directory)
+    expected = CASES[case]
+    sites = ("resid_pre", "attn_out", "mlp_out", "resid_post", "final_norm", "attn_probs")
+    logits, at = jax.jit(ij.fetch(apply, sites))(model, TOKENS)
+    np.testing.assert_allclose(logits, expected["logits"], atol=2e-5)
+    np.testing.assert_allclose(at[None, "final_norm"], expected["hidden"][-1], atol=2e-5)
+    for layer in range(model.config.n_layers):
+        np.testing.assert_allclose(at[layer, "resid_pre"], expected["hidden"][layer], atol=2e-5)
+        np.testing.assert_allclose(at[layer, "attn_probs"], expected["attentions"][layer], atol=5e-6)
+        total = at[layer, "resid_pre"] + at[layer, "attn_out"] + at[layer, "mlp_out"]
+        np.testing.assert_allclose(at[layer, "resid_post"], total, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_unrolled_eager_and_rematerialised_are_the_same(case, directory):
+    unrolled = load_hugging_face(directory, layers="unrolled")
+    logits, at = ij.fetch(apply)(unrolled, TOKENS)
+    np.testing.assert_allclose(logits, CASES[case]["logits"], atol=2e-5)
+    stacked = load_hugging_face(directory, remat=True)
+    assert list(at) == [(row.layer, row.name) for row in ij.list_sites(apply)(stacked, TOKENS)]
+    assert ((0, "resid_mid") in at) is not unrolled.config.parallel_residual
+    np.testing.assert_allclose(jax.jit(apply)(stacked, TOKENS), CASES[case]["logits"], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_cache_gives_the_same_as_the_whole_row(case, directory):
+    for layers in ("stacked", "unrolled"):
+        model = load_hugging_face(directory, layers=layers)
+        extend = jax.jit(lambda model, cache, tokens: model.extend(cache, tokens))
+        cache = transformer.empty_cache(model, batch=2, slots=12)
+        first, cache = extend(model, cache, TOKENS[:, :5])
+        logits = [first]
+        for at in range(5, 9):
+            one, cache = extend(model, cache, TOKENS[:, at : at + 1])
+            logits.append(one)
+        np.testing.assert_allclose(jnp.concatenate(logits, axis=1), CASES[case]["logits"], atol=2e-5)
+        assert int(cache.n_filled) == 9
+
+
+@pytest.mark.slow
+def test_padding_left_or_right_changes_nothing(case, directory):
+    model = load_hugging_face(directory)
+    clean = CASES[case]["logits"]
+    for before in (0, 3):
+        padded = jnp.full((2, 12), 5).at[:, before : before + 9].set(TOKENS)
+        is_token = jnp.zeros((2, 12), bool).at[:, before : before + 9].set(True)
+        logits = jax.jit(lambda model, padded, is_token: model(padded, is_token=is_token))(model, padded, is_token)
+        assert np.isfinite(logits).all()
+        np.testing.assert_allclose(logits[:, before : before + 9], clean, atol=3e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_within_its_precision(case, directory):
+    model = load_hugging_face(directory, dtype=jnp.float32, compute_dtype=jnp.bfloat16)
+    assert model.W_embed[...].dtype == jnp.float32
+    logits = jax.jit(apply)(model, TOKENS)
+    assert logits.dtype == jnp.bfloat16
+    expected = CASES[case]["logits"]
+    error = np.asarray(logits, np.float32) - expected
+    assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.05
+
+
+def test_shards_are_the_same_as_one_file(tmp_path):
+    whole = load_hugging_face(write_directory(tmp_path / "whole", "llama"))
+    shards = load_hugging_face(write_directory(tmp_path / "shards", "llama", n_shards=3))
+    jax.tree.map(np.testing.assert_array_equal, whole, shards)
+
+
+def test_bfloat16_files(tmp_path):
+    model = load_hugging_face(write_directory(tmp_path, "llama", dtype=ml_dtypes.bfloat16), dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_buffers(tmp_path):
+    def change(tensors):
+        bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        return bare | {f"h.{i}.attn.bias": np.ones((1, 1, 32, 32), np.float32) for i in range(3)}
+
+    model = load_hugging_face(write_directory(tmp_path, "gpt2", change=change))
+    np.testing.assert_allclose(apply(model, TOKENS), CASES["gpt2"]["logits"], atol=2e-5)
+
+
+def test_gemma_3_with_a_vision_tower(tmp_path):
+    def change(tensors):
+        inner = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+        return inner | {"vision_tower.patches.weight": np.ones(3, np.float32)}
+
+    folder = write_directory(tmp_path, "gemma3_text", change=change)
+    config = {"model_type": "gemma3", "text_config": CASES["gemma3_text"]["config"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    np.testing.assert_allclose(apply(load_hugging_face(folder), TOKENS), CASES["gemma3_text"]["logits"], atol=2e-5)
+
+
+def test_a_tied_head_that_is_stored_too_is_left_alone(tmp_path):
+    def change(tensors):
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+    model = load_hugging_face(write_directory(tmp_path, "qwen3", change=change))
+    np.testing.assert_allclose(apply(model, TOKENS), CASES["qwen3"]["logits"], atol=2e-5)
+
+
+def test_loading_what_was_loaded_and_saved(tmp_path, case, directory):
+    model = load_hugging_face(directory)
+    transformer.save(model, tmp_path)
+    again = transformer.load(tmp_path)
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+# ---------------------------------------------------------------- what can be wrong
+
+
+def test_missing_and_unknown_tensors_are_listed(tmp_path):
+    def change(tensors):
+        tensors["model.layers.0.mlp.extra_proj.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+        return tensors
+
+    with pytest.raises(ValueError, match=r"(?s)Missing: model.layers.0.mlp.up_proj.weight. Unknown: .*extra_proj"):
+        load_hugging_face(write_directory(tmp_path, "llama", change=change))
+
+
+def test_a_tensor_of_another_shape(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight gives W_embed the shape \[60, 24\].* makes it \[61, 24\]"
+    ):
+        load_hugging_face(write_directory(tmp_path, "llama", vocab_size=61))
+
+
+def test_nans_are_reported_by_name_on_request(tmp_path):
+    def change(tensors):
+        tensors["model.norm.weight"][3] = np.nan
+        return tensors
+
+    folder = write_directory(tmp_path, "llama", change=change)
+    load_hugging_face(folder)
+    with pytest.raises(ValueError, match=r"model.norm.weight holds 1 values that are not finite"):
+        load_hugging_face(folder, check_finite=True)
+
+
+def test_a_file_cut_short(tmp_path):
+    folder = write_directory(tmp_path, "llama")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors is cut short or damaged"):
+        load_hugging_face(folder)
+
+
+def test_an_index_may_not_lead_elsewhere(tmp_path):
+    folder = write_directory(tmp_path / "model", "llama")
+    (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"secret.safetensors is not there"):
+        load_hugging_face(folder)
+
+
+def test_no_such_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config.json is not there; a model is a directory"):
+        load_hugging_face(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("case_name", "fields", "message"),
+    [
+        ("llama", {"model_type": "mamba"}, "no family 'mamba' .* there are gpt2, gpt_neo"),
+        ("llama", {"hidden_act": "mish"}, "activation 'mish' is not known"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "'yarn'; supported are 'linear' and 'llama3'",
+        ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True; only False"),
+        ("llama", {"num_key_value_heads": 3}, "multiple of n_kv_heads"),
+    ],
+)
+def test_configs_that_cannot_be(case_name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hugging_face(CASES[case_name]["config"] | fields)
+
+
+def test_a_config_that_lacks_a_field():
+    fields = dict(CASES["llama"]["config"])
+    del fields["hidden_size"]
+    with pytest.raises(ValueError, match=r"config.json of a 'llama' lacks the field 'hidden_size'"):
+        config_from_hugging_face(fields)
+
+
+def test_newer_files_hold_rotary_settings_in_one_table():
+    fields = dict(CASES["gemma3_text"]["config"])
+    for name in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
+        fields.pop(name, None)
+    fields["rope_parameters"] = {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    assert config_from_hugging_face(fields) == config_from_hugging_face(CASES["gemma3_text"]["config"])
+
+
+def test_every_family_is_compared():
+    families = {entry["config"]["model_type"] for entry in CASES.values()}
+    assert families | {"gemma3"} == set(FAMILIES)
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+from interp_jax.models.hugging_face import load_hugging_face
+from interp_jax.models.transformer import apply
+
+tokens = np.load(sys.argv[2])
+mesh = jax.make_mesh((4, 2), ("data", "model"))
+model = load_hugging_face(sys.argv[1], mesh=mesh)
+shards = {shard.data.shape for shard in model.blocks.attn.W_q[...].addressable_shards}
+assert shards == {(3, 24, 2, 6)}, shards
+print(float(np.abs(jax.jit(apply)(model, tokens) - np.load(sys.argv[3])).max()))
+try:
+    load_hugging_face(sys.argv[1], mesh=jax.make_mesh((2, 4), ("data", "model")))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_parameters_over_a_mesh_of_eight_devices(tmp_path):
+    folder = write_directory(tmp_path / "model", "llama")
+    np.save(tmp_path / "tokens.npy", pytorch_reference.TOKENS)
+    np.save(tmp_path / "logits.npy", CASES["llama"]["logits"])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SHARDED, folder, tmp_path / "tokens.npy", tmp_path / "logits.npy"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    difference, message = done.stdout.splitlines()
+    assert float(difference) < 2e-5
+    assert "blocks.attn.W_k[3, 24, 2, 6] cannot be split over the 4 devices of the mesh's axis 'model'" in message
