@@ -90,7 +90,7 @@ def assemble(
             divide what it splits, or `check_finite` found something.
     """
     if mesh is not None:
-        # Axes that XLA partitions by itself; `jax.make_mesh` makes them explicit, and then every gather would have to say.
+        # Axes that XLA partitions by itself. Those of `jax.make_mesh` are explicit: every gather would have to say how.
         mesh = Mesh(mesh.devices, mesh.axis_names)
     options: dict[str, Any] = {"compute_dtype": compute_dtype, "remat": remat}
 

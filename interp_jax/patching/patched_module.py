@@ -504,17 +504,15 @@ class _NameTheClass(ast.NodeTransformer):
     visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
-        self.generic_visit(node)
         if self._first and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
             node.args = [ast.Name(self._name, ast.Load()), ast.Name(self._first, ast.Load())]
-            # Under another name the compiler does not ask for the cell.
-            node.func = ast.Name(_SUPER, ast.Load())
+        self.generic_visit(node)
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.Name:
-        return (
-            ast.copy_location(ast.Name(self._name, node.ctx), node) if self._first and node.id == "__class__" else node
-        )
+        # Under the name of `super`, with or without arguments, the compiler asks for the cell.
+        names = {"__class__": self._name, "super": _SUPER} if self._first else {}
+        return ast.copy_location(ast.Name(names.get(node.id, node.id), node.ctx), node)
 
 
 def imported_names(statement: str) -> dict[str, Any]:

@@ -211,6 +211,8 @@ def test_closure_variables_may_fall_away_and_the_first_super_may_come(module):
     thing = module.Derived(1)
     with Patcher(module, {"Derived.without_super": ["self.x + 1", "super().describe() + __class__.__name__"]}):
         assert thing.without_super() == "baseDerived"
+    with Patcher(module, {"Derived.without_super": ["self.x + 1", "(lambda: super(Derived, self).describe())()"]}):
+        assert thing.without_super() == "base"
     assert thing.without_super() == 2
     assert not [name for name in vars(module) if name.startswith("_interp_jax")]
 
