@@ -169,6 +169,9 @@ class TextRewriter:
             compound = any(hasattr(statement, "body") for statement in edit.after.body)
             runs = any(run_metavariable(statement) for statement in edit.after.body)
             if compound or runs or any(statement.lineno != statement.end_lineno for statement in edit.after.body):
+                if self._is_all_after_a_colon(edit):
+                    deeper = self._indentation_of_parent(edit) + "    "
+                    return [Piece("\n" + deeper, None, None), *self._template(edit, indent=deeper)]
                 raise ConflictError(
                     f"{source.filename}:{source.line_at(edit.start)}: {edit.label} matches a statement that "
                     f"shares its line "
@@ -185,6 +188,16 @@ class TextRewriter:
     def _shares_its_end(self, edit: Edit) -> bool:
         source = self.source
         return source.text[edit.end :].lstrip(" \t").startswith(";")
+
+    def _is_all_after_a_colon(self, edit: Edit) -> bool:
+        """Whether it is the whole block of `if x: y`."""
+        return self.source.text[: edit.start].rstrip(" \t").endswith(":") and not self._shares_its_end(edit)
+
+    def _indentation_of_parent(self, edit: Edit) -> str:
+        parent = self._parents[edit.match.nodes[0]]
+        at = self.source.span(parent)[0] if hasattr(parent, "lineno") else edit.start  # A `case` has no place.
+        line = self.source.lines[self.source.line_at(at) - 1]
+        return line[: len(line) - len(line.lstrip())]
 
     def _empties_block(self, edit: Edit) -> bool:
         parent = self._parents.get(edit.match.nodes[0])
