@@ -87,7 +87,7 @@ def lay_out(source: SourceText, pieces: Sequence[Piece]) -> Layout:
         As many entries as the source has lines.
     """
     count = len(source.lines)
-    lines = _without_blank_lines_in_the_way(_in_increasing_order(_lines(source, pieces)), count)
+    lines = _without_blank_lines_in_the_way(_where_they_can_stay(_lines(source, pieces), source), count)
     return Layout(tuple(_entries(_with_places_for_comments(lines), count)))
 
 
@@ -118,15 +118,20 @@ def _lines(source: SourceText, pieces: Sequence[Piece]) -> list[_Line]:
     return lines
 
 
-def _in_increasing_order(lines: list[_Line]) -> list[_Line]:
-    """Code that a patch moved up or wrote twice cannot keep its number."""
+def _where_they_can_stay(lines: list[_Line], source: SourceText) -> list[_Line]:
+    """Code that a patch moved up or wrote twice cannot keep its number; nor can what goes on with a string that begins
+    further up than it did, as no line may come between."""
     last = 0
+    before: int | None = 0
     for line in lines:
-        if line.number is not None:
-            if line.number <= last:
+        number = line.number
+        if number is not None:
+            is_torn_off = number in source.lines_inside_strings and before != number - 1
+            if number <= last or is_torn_off:
                 line.number, line.may_go = None, False
             else:
-                last = line.number
+                last = number
+        before = line.number
     return lines
 
 

@@ -68,6 +68,18 @@ def test_text_and_tree_agree_and_kept_lines_stay(module, before, after):
     assert equal(_without_pass(TreeRewriter(edits).rebuild(source.tree)), _without_pass(tree))
 
 
+def test_a_string_of_several_lines_stays_whole_where_the_lines_above_it_go(make_module):
+    source = (
+        'def f(x):\n    y = str(\n        x,\n        """one\n\ntwo""")\n    return y\n\n\ndef g():\n    return 1\n'
+    )
+    module = make_module(source)
+    with Patcher(module, f=["str($x, $y)", "$y"]):
+        assert module.f(0) == "one\n\ntwo"
+        assert inspect.getsource(module.g) == "def g():\n    return 1\n"
+        assert module.f.__code__.co_firstlineno == 1
+        assert "return y" in inspect.getsource(module.f)
+
+
 def test_inspect_finds_the_patched_text_of_functions_and_classes(make_module):
     function = "def f{0}(x):\n    if x:\n        x += {0}\n    return x\n\n\n"
     source = "".join((function + "class C{0}:\n    def m(self):\n        return {0}\n\n\n").format(i) for i in range(6))
