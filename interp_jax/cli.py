@@ -59,13 +59,11 @@ def data(
 
 
 @app.command(name="sites")
-def sites(
-    model: Annotated[Literal["tiny", "smollm2"], tyro.conf.Positional] = "tiny", *, layer: int | None = None
-) -> None:
+def sites(model: Annotated[str, tyro.conf.Positional] = "tiny", *, layer: int | None = None) -> None:
     """The sites of a model: layer, name, shape and dtype, for one row of 128 tokens.
 
     Args:
-        model: Which model.
+        model: `tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file.
         layer: Only this layer's sites; all when left out.
     """
     import jax

@@ -19,7 +19,7 @@ from jaxtyping import DTypeLike
 
 from interp_jax.models.transformer import Transformer
 from interp_jax.models.transformer_config import RotaryScaling, TransformerConfig
-from interp_jax.models.weights import Layout, assemble
+from interp_jax.models.weights import Layout, TensorSource, assemble
 
 __all__ = ["FAMILIES", "config_from_hugging_face", "load_hugging_face"]
 
@@ -487,15 +487,33 @@ def load_hugging_face(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; a model is a directory with config.json and safetensors.")
     whole = _read_json(path)
-    fields = _text_part(whole)
-    config = config_from_hugging_face(fields)
-    ignored = _BUFFERS + ((r"^lm_head\.weight$", r"^embed_out\.weight$") if config.tied_embeddings else ())
-    if fields is not whole:
-        ignored += (r"^vision_tower\.", r"^multi_modal_projector\.", r"^model\.(vision_tower|multi_modal_projector)\.")
-    return assemble(
-        SafetensorsFolder(directory), config, _family(fields)[1](config), ignored=ignored, dtype=dtype,
-        compute_dtype=compute_dtype, layers=layers, remat=remat, mesh=mesh, check_finite=check_finite,
+    config_from_hugging_face(whole)  # its faults first: looking through the tensors may take long
+    return load_tensors(
+        SafetensorsFolder(directory), whole, dtype=dtype, compute_dtype=compute_dtype, layers=layers, remat=remat,
+        mesh=mesh, check_finite=check_finite,
     )  # fmt: skip
+
+
+def load_tensors(source: TensorSource, fields: Fields, **options: Any) -> Transformer:
+    """A model from tensors that are named and laid out as on Hugging Face, wherever they come from.
+
+    Args:
+        source: The tensors.
+        fields: The contents of a config.json.
+        **options: As in `load_hugging_face`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: As for `load_hugging_face`.
+    """
+    text = _text_part(fields)
+    config = config_from_hugging_face(text)
+    ignored = _BUFFERS + ((r"^lm_head\.weight$", r"^embed_out\.weight$") if config.tied_embeddings else ())
+    if text is not fields:
+        ignored += (r"^vision_tower\.", r"^multi_modal_projector\.", r"^model\.(vision_tower|multi_modal_projector)\.")
+    return assemble(source, config, _family(text)[1](config), ignored=ignored, **options)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Models by name."""
+"""Models by name, or by the path of their files."""
 
 import importlib
+import os
 
 from interp_jax.models.language_model import LanguageModel
 
@@ -10,26 +11,33 @@ __all__ = ["KNOWN_MODELS", "load"]
 _HOME = {
     "tiny": ("interp_jax.models.tiny", "load_tiny"),
     "smollm2": ("interp_jax.models.flax_llama", "load_smollm2"),
+    "gemma3": ("interp_jax.models.from_files", "load_gemma3"),
 }
 
 KNOWN_MODELS = tuple(_HOME)
 """The names that `load` takes."""
 
 
-def load(name: str) -> LanguageModel:
-    """A model by name: `tiny`, which comes with the package, or `smollm2` (SmolLM2-135M-Instruct).
+def load(name: str | os.PathLike[str]) -> LanguageModel:
+    """A model by name, or from files.
 
     Args:
-        name: one of `KNOWN_MODELS`.
+        name: `tiny`, which comes with the package, `smollm2` (SmolLM2-135M-Instruct), `gemma3` (Gemma 3 270M); or the
+            path of a Hugging Face directory or of a GGUF file.
 
     Returns:
         The model, ready to run.
 
     Raises:
-        ValueError: when no model has this name.
-        MissingDataError: when its weights are not installed; names the command that gets them.
+        ValueError: No model has this name, and it is no path; or its files are damaged or of an unknown family.
+        MissingDataError: Its weights are not installed; names the command that gets them.
     """
-    if name not in _HOME:
-        raise ValueError(f"There is no model {name!r}; there are {', '.join(KNOWN_MODELS)}.")
-    module, function = _HOME[name]
-    return getattr(importlib.import_module(module), function)()
+    if name in _HOME:
+        module, function = _HOME[str(name)]
+        return getattr(importlib.import_module(module), function)()
+    if not os.path.exists(name):
+        raise ValueError(
+            f"There is no model {str(name)!r}; there are {', '.join(KNOWN_MODELS)}, and paths of Hugging Face "
+            "directories (config.json, safetensors, tokenizer.json) and of .gguf files."
+        )
+    return importlib.import_module("interp_jax.models.from_files").load_path(name)

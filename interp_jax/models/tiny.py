@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 from interp_jax.models import transformer
+from interp_jax.models.from_files import as_language_model
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
 
@@ -50,18 +51,7 @@ def load_tiny(directory: str | Path | None = None) -> LanguageModel:
                     f"{Path(directory) / name} is not the file that training.json beside it records: it is damaged, or "
                     "of another training run. Install the package again, or train again."
                 )
-    config = model.config
-    return LanguageModel(
-        name="tiny-wikipedia",
-        forward=transformer.apply,
-        params=model,
-        tokenizer=tokenizer,
-        n_layers=config.n_layers,
-        d_model=config.d_model,
-        vocab_size=config.vocab_size,
-        context=config.context,
-        unembed=transformer.promoted_logits,
-    )
+    return as_language_model(model, tokenizer, "tiny-wikipedia")
 
 
 def checksums(directory: str | Path) -> dict[str, str]:

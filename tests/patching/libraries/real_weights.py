@@ -144,15 +144,17 @@ def _write_smollm2() -> None:
 def _write_gemma3_weights() -> None:
     from interp_jax import installed_data
     from interp_jax.activations.wikipedia import reference_rows
-    from interp_jax.models.gemma3_gguf import hugging_face_weights
     from interp_jax.models.gguf_file import GgufFile
+    from interp_jax.models.gguf_model import GgufCheckpoint
     from interp_jax.models.tokenizer import Tokenizer
 
     gguf_file = GgufFile(installed_data.find("gemma3"))
     tokenizer = Tokenizer.from_gguf(gguf_file)
     # Without its begin-of-text token the model is lost.
     rows = np.insert(np.asarray(reference_rows(tokenizer))[:16, :127], 0, tokenizer.bos_id, axis=1)
-    save(FOLDER / "gemma3.npz", _rows_and_weights(rows, hugging_face_weights(gguf_file)))
+    checkpoint = GgufCheckpoint(gguf_file)
+    weights = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    save(FOLDER / "gemma3.npz", _rows_and_weights(rows, weights))
 
 
 if __name__ == "__main__":
