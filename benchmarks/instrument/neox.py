@@ -5,7 +5,7 @@ embeddings are left out; they add little to what is compiled.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,7 +39,6 @@ class Shape:
 
 
 PYTHIA_1_4B = Shape(layers=24, d_model=2048, heads=16, d_mlp=8192)
-PYTHIA_12B = Shape(layers=36, d_model=5120, heads=40, d_mlp=20480)
 
 
 def block(weights: Layer, x: jax.Array, mark: Callable[[Any, str], Any] = ij.site) -> jax.Array:
@@ -70,10 +69,3 @@ def scanned(
 ) -> jax.Array:
     """The model over stacked layers."""
     return scan(lambda x, layer: (block(layer, x), None), x, weights)[0]
-
-
-def unrolled(weights: Sequence[Layer], x: jax.Array) -> jax.Array:
-    """The model over a list of layers."""
-    for layer in weights:
-        x = block(layer, x)
-    return x

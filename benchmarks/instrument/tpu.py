@@ -2,19 +2,19 @@
 
     make bench-tpu, or: python -m benchmarks.instrument.tpu
 
-Setting: Pythia-12B's shape (36 layers, d 5120, 40 heads, mlp 20480) in bf16, 8 rows of 1024 tokens, for the 8 chips of
-v5e:2x4 and of v5p:2x2x2, in a mesh of 2 (data) by 4 (model). Seconds are XLA's on this machine's CPU, medians of
-compiles taken in turn; tracing has rows of its own. Temporary memory and program size are a chip's.
+Setting: Pythia-12B (36 layers, d 5120, 40 heads, mlp 20480; the project's `Transformer`, from tokens to logits) in
+bf16, 8 rows of 1024 tokens, for the 8 chips of v5e:2x4 and of v5p:2x2x2, in a mesh of 2 (data) by 4 (model). Seconds
+are XLA's on this machine's CPU, medians of compiles taken in turn; tracing has rows of its own. Temporary memory and
+program size are a chip's.
 """
 
 import argparse
 import dataclasses
-import functools
 import os
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import interp_jax as ij
 from benchmarks.instrument import memory
-from benchmarks.instrument.neox import PYTHIA_12B, scanned, unrolled
 from benchmarks.instrument.rows import Row, memory_analysis, report
+from interp_jax.models.loss import next_token_loss
+from interp_jax.models.transformer import Transformer, apply, partition_specs
+from interp_jax.models.transformer_config import TransformerConfig
 
 TOPOLOGIES = ("v5e:2x4", "v5p:2x2x2")
 ROWS, TOKENS = 8, 1024
@@ -34,15 +36,15 @@ STEERED: dict[int, Sequence[int]] = {1: (18,), 6: tuple(range(0, 36, 6)), 36: tu
 
 COMPILE_TARGETS = {"fetched": 1.15, **{f"{count} steered": 1.3 for count in STEERED}}
 
-# How the mesh's axis `model` cuts one layer's weights: by head, and by neuron.
-CUTS = {
-    "attn_norm": (None,),
-    "qkv": (None, None, "model", None),
-    "attn_out": ("model", None, None),
-    "mlp_norm": (None,),
-    "mlp_in": (None, "model"),
-    "mlp_out": ("model", None),
-}
+PYTHIA_12B = TransformerConfig(
+    vocab_size=50688, d_model=5120, n_layers=36, n_heads=40, n_kv_heads=40, d_head=128, d_mlp=20480, context=2048,
+    norm="layer", activation="gelu", gated_mlp=False, parallel_residual=True, rotary_dim=32, qkv_bias=True,
+    attn_out_bias=True, mlp_bias=True, tied_embeddings=False,
+)  # fmt: skip
+
+PYTHIA_1_4B = dataclasses.replace(
+    PYTHIA_12B, vocab_size=50304, d_model=2048, n_layers=24, n_heads=16, n_kv_heads=16, d_mlp=8192
+)
 
 
 @dataclasses.dataclass
@@ -75,11 +77,10 @@ class Compiles:
 
 
 def steered(layers: Collection[int]) -> Callable[..., Any]:
-    """The scan with a vector added to `mlp_out` at these layers, with a strength of its own at each."""
+    """The model with a vector added to `mlp_out` at these layers, with a strength of its own at each."""
 
-    def run(weights: Any, x: jax.Array, vector: jax.Array) -> jax.Array:
-        model = functools.partial(scanned, scan=ij.layer_scan)
-        for layer, _, value in (running := ij.iterate(model, sites="mlp_out", layers=layers)(weights, x)):
+    def run(model: Transformer, tokens: jax.Array, vector: jax.Array) -> jax.Array:
+        for layer, _, value in (running := ij.iterate(apply, sites="mlp_out", layers=layers)(model, tokens)):
             assert layer is not None
             running.modified_value = value + 0.1 * (layer + 1) * vector
         return running.retval
@@ -88,33 +89,35 @@ def steered(layers: Collection[int]) -> Callable[..., Any]:
 
 
 def variants() -> dict[str, Callable[..., Any]]:
-    """What is compiled, each a function of the stacked weights, the input and a vector."""
-    fetch = ij.fetch(functools.partial(scanned, scan=ij.layer_scan), "mlp_out", FETCHED)
+    """What is compiled, each a function of the stacked model, the tokens and a vector."""
+    fetch = ij.fetch(apply, "mlp_out", FETCHED)
     return {
-        "plain": lambda weights, x, vector: scanned(weights, x),
-        "fetched": lambda weights, x, vector: fetch(weights, x),
+        "plain": lambda model, tokens, vector: apply(model, tokens),
+        "fetched": lambda model, tokens, vector: fetch(model, tokens),
         **{f"{count} steered": steered(layers) for count, layers in STEERED.items()},
     }
 
 
 def compiles(topology: str, rounds: int) -> dict[str, Compiles]:
-    """Compiles every variant in turn, `rounds` times; the unrolled model once."""
+    """Compiles every variant in turn, `rounds` times; the unrolled model among them."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices).reshape(2, 4), ("data", "model"))
 
-    def array(shape: tuple[int, ...], *cuts: str | None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*cuts)))
+    def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    shapes = PYTHIA_12B.layer()
-    stacked = {name: array((PYTHIA_12B.layers, *shape), None, *CUTS[name]) for name, shape in shapes.items()}
-    listed = [{name: array(shape, *CUTS[name]) for name, shape in shapes.items()} for _ in range(PYTHIA_12B.layers)]
-    x = array((ROWS, TOKENS, PYTHIA_12B.d_model), "data", None, None)
-    vector = array((PYTHIA_12B.d_model,), None)
+    def model(layers: Literal["stacked", "unrolled"]) -> Transformer:
+        shapes = jax.eval_shape(lambda: Transformer(PYTHIA_12B, jax.random.key(0), dtype=jnp.bfloat16, layers=layers))
+        return jax.tree.map(lambda leaf, spec: array(leaf.shape, leaf.dtype, spec), shapes, partition_specs(shapes))
+
+    stacked, listed = model("stacked"), model("unrolled")
+    tokens = array((ROWS, TOKENS), jnp.int32, PartitionSpec("data", None))
+    vector = array((PYTHIA_12B.d_model,), jnp.bfloat16, PartitionSpec(None))
     found = {name: Compiles() for name in ("unrolled", *variants())}
-    found["unrolled"].add(unrolled, (listed, x))
     for _ in range(rounds):
+        found["unrolled"].add(apply, (listed, tokens))
         for name, function in variants().items():
-            found[name].add(function, (stacked, x, vector))
+            found[name].add(function, (stacked, tokens, vector))
     return found
 
 
@@ -140,16 +143,32 @@ def rows(topology: str, rounds: int) -> Iterator[Row]:
 
 
 def gradient(topology: str) -> Iterator[Row]:
-    """The row of `memory.gradient`, on one chip."""
-    chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    for row in memory.gradient(jnp.bfloat16, SingleDeviceSharding(chip)):
-        yield dataclasses.replace(row, what=f"{topology}: {row.what}")
+    """Temporary memory of a gradient at one layer, on one chip: of the whole model, and of its blocks alone."""
+    chip = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+
+    def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
+        return next_token_loss(apply(model, tokens).astype(jnp.float32), tokens)
+
+    def temporary(layers: Literal["stacked", "unrolled"]) -> int:
+        shapes = jax.eval_shape(
+            lambda: Transformer(PYTHIA_1_4B, jax.random.key(0), dtype=jnp.bfloat16, layers=layers, remat=True)
+        )
+        model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chip), shapes)
+        tokens = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32, sharding=chip)
+        gradients = ij.gradients(loss, "resid_post", 12)
+        compiled = jax.jit(lambda model, tokens: gradients(model, tokens)).lower(model, tokens).compile()
+        return memory_analysis(compiled).temp_size_in_bytes
+
+    what = f"{topology}: temporary memory, gradient of the loss at layer 12 of 24, stacked / unrolled"
+    yield Row(what, "B", temporary("stacked"), temporary("unrolled"), 1.1)
+    for row in memory.gradient(jnp.bfloat16, chip):
+        yield dataclasses.replace(row, what=f"{topology}, blocks alone: {row.what}")
 
 
 def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="compiles of each variant of the scan")
+    parser.add_argument("--rounds", type=int, default=3, help="compiles of each variant")
     rounds = parser.parse_args().rounds
     # libtpu asks a metadata server where it runs, and locks a TPU to one process: here there is neither.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
