@@ -121,7 +121,8 @@ def main() -> None:
         stored[case] = {"config": config, "shapes": shapes}
         arrays.update({f"{case}/{key}": value for key, value in results.items()})
         print(case, float(np.abs(results["logits"]).max()))
-    (HERE / "pytorch_reference.json").write_text(json.dumps(stored, indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(entry)}" for case, entry in stored.items())
+    (HERE / "pytorch_reference.json").write_text(f"{{\n{lines}\n}}\n")
     np.savez_compressed(HERE / "pytorch_reference.npz", **arrays)
 
 
