@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from interp_jax.instrument import list_sites as list_sites
     from interp_jax.instrument import module_sites as module_sites
     from interp_jax.instrument import site as site
+    from interp_jax.models.generation import generate as generate
+    from interp_jax.models.generation import iterate_generation as iterate_generation
     from interp_jax.models.known import load as load
 
 __version__ = "0.1.0"
@@ -37,9 +39,11 @@ _HOME = {
     "SiteTable": "interp_jax.instrument",
     "SiteValues": "interp_jax.instrument",
     "fetch": "interp_jax.instrument",
+    "generate": "interp_jax.models.generation",
     "gradients": "interp_jax.instrument",
     "inject": "interp_jax.instrument",
     "iterate": "interp_jax.instrument",
+    "iterate_generation": "interp_jax.models.generation",
     "layer_scan": "interp_jax.instrument",
     "list_sites": "interp_jax.instrument",
     "load": "interp_jax.models.known",
