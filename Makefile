@@ -9,7 +9,7 @@ PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 
 LIBRARIES := gemma tunix penzai levanter
 
-.PHONY: demo test test-fast test-slow test-newest test-patches lint format docs docs-serve bench bench-tpu constraints clean
+.PHONY: demo test test-fast test-slow test-newest test-patches lint format docs docs-serve bench bench-models bench-tpu constraints clean
 
 demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index.html
 	$(BIN)/interp-jax demo --resume
@@ -59,6 +59,9 @@ bench: $(VENV)/.dev ## benchmarks, each beside its peer
 	$(BIN)/python -m benchmarks.sae
 	$(BIN)/python -m benchmarks.pursuit
 
+bench-models: $(VENV)-peers/.done ## our transformer beside PyTorch's and Flax's
+	$(VENV)-peers/bin/python -W ignore -m benchmarks.models
+
 bench-tpu: $(VENV)-tpu/.done ## the layer scan compiled ahead of time for TPUs; needs none
 	$(VENV)-tpu/bin/python -m benchmarks.instrument.tpu
 
@@ -67,7 +70,7 @@ constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
 	  --extra demo --extra dev --extra docs -o constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu $(VENV)-patches $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-peers $(VENV)-patches $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.uv:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -111,6 +114,13 @@ LISTS := tests/patching/libraries/environments
 
 .venv-patches/references/gemma3-sites.npz: .venv-patches/references/gemma3.npz | .venv-patches/gemma/.done
 	JAX_PLATFORMS=cpu .venv-patches/gemma/bin/python -W ignore tests/patching/libraries/gemma3_270m.py
+
+# PyTorch is large and has no place in an environment where JAX is tested.
+$(VENV)-peers/.done: pyproject.toml constraints.txt $(VENV)/.uv
+	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-peers
+	$(INSTALL) --python $(VENV)-peers/bin/python -c constraints.txt -e '.[demo,peers]'
+	$(VENV)-peers/bin/interp-jax data get smollm2
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(INSTALL) --python $(BIN)/python -c constraints.txt -e '.[demo,docs]'

@@ -13,7 +13,7 @@ from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import Transformer
 
-__all__ = ["as_language_model", "load_gemma3", "load_path"]
+__all__ = ["as_language_model", "load_gemma3", "load_path", "load_smollm2"]
 
 
 def as_language_model(model: Transformer, tokenizer: Tokenizer, name: str) -> LanguageModel:
@@ -78,6 +78,22 @@ def load_path(path: str | os.PathLike[str], **options: Any) -> LanguageModel:
         )
     tokenizer = Tokenizer.from_file(path / "tokenizer.json")
     return as_language_model(load_hugging_face(path, **options), tokenizer, path.resolve().name)
+
+
+def load_smollm2(**options: Any) -> LanguageModel:
+    """SmolLM2-135M-Instruct, from its GGUF file. `flax_llama.load_smollm2` runs it on third-party code instead.
+
+    Args:
+        **options: As in `load_hugging_face`.
+
+    Returns:
+        The model; 30 layers, d_model 576, vocabulary 49152.
+
+    Raises:
+        MissingDataError: The weights are not installed; names the command that gets them.
+    """
+    gguf_file = GgufFile(installed_data.find("smollm2"))
+    return as_language_model(load_gguf(gguf_file, **options), Tokenizer.from_gguf(gguf_file), "SmolLM2-135M-Instruct")
 
 
 def load_gemma3(**options: Any) -> LanguageModel:

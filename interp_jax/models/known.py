@@ -7,10 +7,10 @@ from interp_jax.models.language_model import LanguageModel
 
 __all__ = ["KNOWN_MODELS", "load"]
 
-# Imported when asked for: SmolLM2's code needs `transformers`, the tiny model needs nothing.
+# Imported when asked for.
 _HOME = {
     "tiny": ("interp_jax.models.tiny", "load_tiny"),
-    "smollm2": ("interp_jax.models.flax_llama", "load_smollm2"),
+    "smollm2": ("interp_jax.models.from_files", "load_smollm2"),
     "gemma3": ("interp_jax.models.from_files", "load_gemma3"),
 }
 
