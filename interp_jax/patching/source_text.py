@@ -63,6 +63,8 @@ class SourceText:
             tokenize.INDENT,
             tokenize.DEDENT,
             tokenize.ENDMARKER,
+            # The text of an f-string, a token of its own since Python 3.12: "(" in it is no parenthesis.
+            getattr(tokenize, "FSTRING_MIDDLE", None),
         )
         return [
             (self._starts[t.start[0] - 1] + t.start[1], self._starts[t.end[0] - 1] + t.end[1], t.string)

@@ -68,6 +68,20 @@ def test_text_and_tree_agree_and_kept_lines_stay(module, before, after):
     assert equal(_without_pass(TreeRewriter(edits).rebuild(source.tree)), _without_pass(tree))
 
 
+def test_a_parenthesis_in_the_text_of_an_f_string_is_none(make_module):
+    source = """
+        def f(x):
+            return str(
+                "a "
+                f"({x!r})."
+            )
+        """
+    module = make_module(source)
+    with Patcher(module, f=["str($...a)", "repr(str($...a))"]):
+        assert module.f(1) == repr("a (1).")
+    assert module.f(1) == "a (1)."
+
+
 def test_a_string_of_several_lines_stays_whole_where_the_lines_above_it_go(make_module):
     source = (
         'def f(x):\n    y = str(\n        x,\n        """one\n\ntwo""")\n    return y\n\n\ndef g():\n    return 1\n'
