@@ -81,7 +81,7 @@ def test_a_jitted_member_by_its_own_name(make_module):
 def test_what_one_patcher_made_is_not_taken_for_another_s(make_module):
     module = make_module(SOURCE)
     x = jnp.float32(1)
-    for factor in range(3, 40):  # Each is gone before the next one comes, and may stand where it stood in memory.
+    for factor in range(3, 13):  # Each is gone before the next one comes, and may stand where it stood in memory.
         with Patcher(module, g=["x * 2", f"x * {factor}"]):
             assert float(module.f(x)) == factor
 
