@@ -192,7 +192,7 @@ def test_smollm2_is_the_same_in_our_code_and_in_the_patched_library(tmp_path):
 @pytest.mark.slow
 def test_gemma3_by_name_gives_the_reference_loss_where_it_is_installed():
     if installed_data.status("gemma3")[0].path is None:
-        pytest.skip("`interp-jax data get gemma3` gets it; `make test-patches-gemma` has done so in CI")
+        pytest.skip("`interp-jax data get gemma3` gets it; in CI `make test-patches-gemma` does")
     model = ij.load("gemma3")
     assert (model.n_layers, model.d_model, model.vocab_size) == (18, 640, 262144)
     rows = np.asarray(reference_rows(model.tokenizer))[:16, :127]
