@@ -37,6 +37,7 @@ def whole_text(forward, model, prompt, new=NEW):
     return row[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAMILIES)
 def test_the_likeliest_tokens_are_those_without_a_cache(case, tmp_path_factory):
     model = load(tmp_path_factory, case)
@@ -70,7 +71,7 @@ def shift(activation):
     return None
 
 
-@pytest.mark.parametrize("where", ["prompt", "generated", "both"])
+@pytest.mark.parametrize("where", [pytest.param("prompt", marks=pytest.mark.slow), "generated", "both"])
 def test_an_intervention_is_that_of_a_pass_over_the_whole_text(llama, where):
     generated = ij.generate(llama, PROMPTS, max_new_tokens=NEW, interventions=shift, where=where).rows()
     expected = []
@@ -145,6 +146,7 @@ def test_a_row_ends_at_its_stop_token(llama):
     np.testing.assert_array_equal(running.retval.tokens, cut.tokens)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_model_s_probabilities(llama):
     n = 4000
     logits = np.asarray(apply(llama, jnp.asarray([PROMPTS[0]]))[0, -1], np.float64) / 1.7
@@ -168,6 +170,7 @@ def test_samples_follow_the_model_s_probabilities(llama):
     assert set(np.unique(nucleus)) == set(order[:reached])
 
 
+@pytest.mark.slow
 def test_a_key_draws_the_same_rows_whatever_stands_beside_them(llama):
     options = {"max_new_tokens": NEW, "temperature": 1.0, "key": jax.random.key(5)}
     together = ij.generate(llama, PROMPTS, **options).rows()

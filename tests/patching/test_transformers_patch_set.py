@@ -309,6 +309,10 @@ FAMILIES = {
         _opt_layer, _opt_ends,
     ),
 }  # fmt: skip
+# A third of them at every turn; the others are with the slow tests.
+IN_TURN = [
+    name if name in ("llama", "gpt2", "gptj") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+]
 MODULES = {each.module: f"transformers.models.{each.module}.modeling_flax_{each.module}" for each in FAMILIES.values()}
 ROTARY_BASES = ("llama", "mistral", "gemma")
 
@@ -386,7 +390,7 @@ def _case(name):
     return make_case(name)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", IN_TURN)
 def test_sites_are_what_their_names_say(name):
     case = _case(name)
     values = contract.check_sites(case)
@@ -469,12 +473,12 @@ def test_gptj_s_attention_and_mlp_are_edited_apart(edited, apart):
     assert np.abs(values[0, "resid_post"] - clean[0, "resid_post"]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", IN_TURN)
 def test_outputs_are_the_unpatched_library_s_to_the_bit(name, unpatched):
     contract.check_unpatched_outputs(_case(name), unpatched[name])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", IN_TURN)
 def test_an_edit_at_each_site_changes_the_logits(name):
     contract.check_edits(_case(name))
 
