@@ -119,7 +119,7 @@ LISTS := tests/patching/libraries/environments
 $(VENV)-peers/.done: pyproject.toml constraints.txt $(VENV)/.uv
 	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-peers
 	$(INSTALL) --python $(VENV)-peers/bin/python -c constraints.txt -e '.[demo,peers]'
-	$(VENV)-peers/bin/interp-jax data get smollm2
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)-peers/bin/interp-jax data get smollm2
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo
