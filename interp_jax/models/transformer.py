@@ -43,6 +43,7 @@ Hazards:
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -75,11 +76,20 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of the tokens that a model has seen, for each layer; one more pass needs only the new tokens."""
+    """Keys and values of the tokens that a model has seen, for each layer; one more pass needs only the new tokens.
 
-    k: Float[Array, "n_layers batch slots n_kv_heads d_head"]
+    As the model's blocks, they are stacked or a tuple of layers: each is written in place, and read as it lies.
+    """
+
+    k: (
+        Float[Array, "n_layers batch n_kv_heads slots d_head"]
+        | tuple[Float[Array, "batch n_kv_heads slots d_head"], ...]
+    )
     """After rotary."""
-    v: Float[Array, "n_layers batch slots n_kv_heads d_head"]
+    v: (
+        Float[Array, "n_layers batch n_kv_heads slots d_head"]
+        | tuple[Float[Array, "batch n_kv_heads slots d_head"], ...]
+    )
     """Values."""
     positions: Int[Array, "batch slots"]
     """Each slot's position in its row; -1 where it is empty or holds padding."""
@@ -99,8 +109,14 @@ def empty_cache(model: "Transformer", batch: int, slots: int) -> KeyValueCache:
         The cache, in the dtype of the model's computation.
     """
     c = model.config
-    zeros = jnp.zeros((c.n_layers, batch, slots, c.n_kv_heads, c.d_head), model.compute_dtype)
-    return KeyValueCache(zeros, zeros, jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
+    of_layer = (batch, c.n_kv_heads, slots, c.d_head)
+
+    def zeros() -> Any:
+        if model.is_stacked:
+            return jnp.zeros((c.n_layers, *of_layer), model.compute_dtype)
+        return tuple(jnp.zeros(of_layer, model.compute_dtype) for _ in range(c.n_layers))
+
+    return KeyValueCache(zeros(), zeros(), jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
 
 @jax.tree_util.register_dataclass
@@ -201,6 +217,39 @@ def _turn(x: Float[Array, "batch seq heads d_head"], rotary: _Rotary) -> Float[A
     return jnp.concatenate([*(each.astype(x.dtype) for each in turned), rest], axis=-1)
 
 
+def _times(x: Float[Array, "*rows d_in"], weight: Float[Array, "d_in d_out"]) -> Float[Array, "*rows d_out"]:
+    """`x @ weight`, in the dtype of `x`."""
+    weight = weight.astype(x.dtype)
+    if math.prod(x.shape[:-1]) > 1 or x.shape[-1] % 2:
+        return x @ weight
+    return _row_times(x.reshape(-1), weight).reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.jit, inline=True)  # One function for every eager call, or each would compile its branches anew.
+def _row_times(row: Float[Array, "d_in"], weight: Float[Array, "d_in d_out"]) -> Float[Array, "d_out"]:
+    """One row, as in generation.
+
+    On a CPU in two halves, which are summed: XLA leaves a vector times a matrix to one core, and gives a pair of matrices
+    times a pair of vectors to all.
+    """
+
+    def in_halves(row: Array, weight: Array) -> Array:
+        halves = weight.reshape(2, -1, weight.shape[1]), row.reshape(2, -1, 1)
+        return jax.lax.dot_general(*halves, (((1,), (1,)), ((0,), (0,)))).sum(axis=0)[:, 0]
+
+    return jax.lax.platform_dependent(row, weight, cpu=in_halves, default=jnp.matmul)
+
+
+def _remembered(cache: Array, new: Array, number: Any, start: Any) -> tuple[Array, Array]:
+    """What one layer sees, and the cache, with `new[batch, n_kv_heads, seq, d_head]` written from slot `start` on."""
+    if number is None:
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
+        return cache, cache
+    zero = jnp.zeros_like(start)
+    cache = jax.lax.dynamic_update_slice(cache, new[None], (number, zero, zero, start, zero))
+    return jax.lax.dynamic_index_in_dim(cache, number, keepdims=False), cache
+
+
 def _soft_capped(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
@@ -231,8 +280,8 @@ class Attention(nnx.Module):
             self.q_norm = Norm(c, dtype, width=c.d_head, rms=True)
             self.k_norm = Norm(c, dtype, width=c.d_head, rms=True)
 
-    def __call__(self, x: Array, shared: _Surroundings, reach: _Reach, cache: Any) -> tuple[Array, Any]:
-        """What attention gives for `x[batch, seq, d_model]`, and the layer's keys and values with those of `x`."""
+    def __call__(self, x: Array, shared: _Surroundings, reach: _Reach, cache: Any, number: Any) -> tuple[Array, Any]:
+        """What attention gives for `x[batch, seq, d_model]`, and the cache's keys and values with those of `x`."""
         batch, seq, _ = x.shape
         c = self.config
         q, k, v = (self._projected(x, which) for which in "qkv")
@@ -241,27 +290,30 @@ class Attention(nnx.Module):
         if reach.rotary is not None:
             q, k = _turn(q, reach.rotary), _turn(k, reach.rotary)
         q, k, v = site(q, "q"), site(k, "k"), site(v, "v")
+        # Heads before positions from here on: the products below then read everything as it lies.
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, shared.start, 1)
-                for old, new in zip(cache, (k, v), strict=True)
+            (k, k_cache), (v, v_cache) = (
+                _remembered(old, new, number, shared.start) for old, new in zip(cache, (k, v), strict=True)
             )
+            cache = k_cache, v_cache
 
         # Heads as (group, member): a group shares one key-value head, which is thus never copied out.
-        grouped = q.reshape(batch, seq, c.n_kv_heads, -1, c.d_head)
-        logits = _soft_capped(jnp.einsum("bqgmk,bsgk->bgmqs", grouped, k) * c.scale, c.attn_soft_cap)
+        grouped = q.swapaxes(1, 2).reshape(batch, c.n_kv_heads, -1, seq, c.d_head)
+        logits = _soft_capped(jnp.einsum("bgmqd,bgkd->bgmqk", grouped, k) * c.scale, c.attn_soft_cap)
         logits = site(logits.reshape(batch, c.n_heads, seq, -1), "attn_logits")
         # Not -inf: a position that is padding sees nothing, and its row shall be finite.
         masked = jnp.where(reach.sees, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
         probs = site(jax.nn.softmax(masked, axis=-1).astype(x.dtype), "attn_probs")
 
-        heads = jnp.einsum("bgmqs,bsgk->bqgmk", probs.reshape(batch, c.n_kv_heads, -1, *probs.shape[2:]), v)
-        heads = site(heads.reshape(batch, seq, c.n_heads, c.d_head), "attn_heads")
-        out = jnp.einsum("bshk,hkd->bsd", heads, self.W_o[...].astype(x.dtype))
-        return out + self.b_o[...].astype(x.dtype) if c.attn_out_bias else out, (k, v)
+        heads = jnp.einsum("bgmqk,bgkd->bgmqd", probs.reshape(batch, c.n_kv_heads, -1, *probs.shape[2:]), v)
+        heads = site(heads.reshape(batch, c.n_heads, seq, c.d_head).swapaxes(1, 2), "attn_heads")
+        out = _times(heads.reshape(batch, seq, -1), self.W_o[...].reshape(-1, c.d_model))
+        return out + self.b_o[...].astype(x.dtype) if c.attn_out_bias else out, cache
 
     def _projected(self, x: Array, which: str) -> Array:
-        projected = jnp.einsum("bsd,dhk->bshk", x, getattr(self, f"W_{which}")[...].astype(x.dtype))
+        weight = getattr(self, f"W_{which}")[...]
+        projected = _times(x, weight.reshape(x.shape[-1], -1)).reshape(*x.shape[:2], *weight.shape[1:])
         return projected + getattr(self, f"b_{which}")[...].astype(x.dtype) if self.config.qkv_bias else projected
 
 
@@ -292,7 +344,7 @@ class MLP(nnx.Module):
         return self._mapped(site(act, "mlp_act"), "out")
 
     def _mapped(self, x: Array, which: str) -> Array:
-        mapped = x @ getattr(self, f"W_{which}")[...].astype(x.dtype)
+        mapped = _times(x, getattr(self, f"W_{which}")[...])
         return mapped + getattr(self, f"b_{which}")[...].astype(x.dtype) if self.config.mlp_bias else mapped
 
 
@@ -313,11 +365,13 @@ class Block(nnx.Module):
             self.attn_post_norm = Norm(config, dtype)
             self.mlp_post_norm = Norm(config, dtype)
 
-    def __call__(self, x: Array, shared: _Surroundings, is_local: Any, cache: Any) -> tuple[Array, Any]:
-        """The stream `x[batch, seq, d_model]` after the layer, and its keys and values."""
+    def __call__(
+        self, x: Array, shared: _Surroundings, is_local: Any, cache: Any = None, number: Any = None
+    ) -> tuple[Array, Any]:
+        """The stream `x[batch, seq, d_model]` after the layer, and the cache: of all layers if there is a number."""
         resid_pre = site(x, "resid_pre")
         attn_in = site(self.attn_norm(resid_pre), "attn_in")
-        attn_out, cache = self.attn(attn_in, shared, shared.reach(is_local), cache)
+        attn_out, cache = self.attn(attn_in, shared, shared.reach(is_local), cache, number)
         if self.config.post_norms:
             attn_out = self.attn_post_norm(attn_out)
         attn_out = site(attn_out, "attn_out")
@@ -470,7 +524,10 @@ class Transformer(nnx.Module):
         if last_only:
             x = x[:, -1:]
         x = site(self.final_norm(x), "final_norm", layer=None)
-        logits = x @ self.unembedding.astype(x.dtype)
+        if c.tied_embeddings:
+            logits = jnp.einsum("vd,bsd->bsv", self.W_embed[...].astype(x.dtype), x)
+        else:
+            logits = _times(x, self.W_unembed[...])
         if c.unembed_bias:
             logits = logits + self.b_unembed[...].astype(x.dtype)
         logits = site(_soft_capped(logits, c.logit_soft_cap), "logits", layer=None)
@@ -492,21 +549,29 @@ class Transformer(nnx.Module):
     def _through_blocks(self, x: Array, shared: _Surroundings, cache: KeyValueCache | None) -> tuple[Array, Any]:
         """The stream after all layers; and with a cache all keys and values."""
 
-        def run(x: Array, block: Block, is_local: Any, kept: Any) -> tuple[Array, Any]:
-            x, kept = block(x, shared, is_local, kept)
-            return x, None if cache is None else kept
+        def run(x: Array, block: Block, is_local: Any, kept: Any, number: Any) -> tuple[Array, Any]:
+            return block(x, shared, is_local, kept, number)
 
         layer = cast(Any, jax.checkpoint(run, static_argnums=() if self.is_stacked else (2,)) if self.remat else run)
-        old = None if cache is None else (cache.k, cache.v)
+        n_layers = self.config.n_layers
+        kept: Any = None if cache is None else (cache.k, cache.v)
         if self.is_stacked:
-            xs = (self.blocks, jnp.asarray(self.config.is_local), old)
-            return layer_scan(lambda x, each: layer(x, *each), x, xs)
+            # The caches of all layers are carried, and each layer writes its part in place: as one input and one output
+            # of the scan they would be copied at every token.
+            xs = (self.blocks, jnp.asarray(self.config.is_local), jnp.arange(n_layers))
+            (x, kept), _ = layer_scan(
+                lambda carry, each: (layer(carry[0], *each[:2], carry[1], each[2]), None), (x, kept), xs
+            )
+            return x, kept
+        each_kept = [None] * n_layers if cache is None else zip(*kept, strict=True)
         new: list[Any] = []
-        for number, (block, is_local) in enumerate(zip(cast(Any, self.blocks), self.config.is_local, strict=True)):
+        for number, (block, is_local, kept) in enumerate(
+            zip(cast(Any, self.blocks), self.config.is_local, each_kept, strict=True)
+        ):
             with in_layer(number):
-                x, kept = layer(x, block, is_local, jax.tree.map(lambda each, at=number: each[at], old))
+                x, kept = layer(x, block, is_local, kept, None)
             new.append(kept)
-        return x, None if cache is None else jax.tree.map(lambda *each: jnp.stack(each), *new)
+        return x, None if cache is None else tuple(zip(*new, strict=True))
 
     @property
     def compute_dtype(self) -> Any:
