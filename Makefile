@@ -9,7 +9,7 @@ PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 
 LIBRARIES := gemma tunix penzai levanter
 
-.PHONY: demo test test-fast test-slow test-newest test-patches lint format docs docs-serve bench bench-models bench-tpu constraints clean
+.PHONY: demo test test-fast test-slow test-newest test-patches test-vocabularies lint format docs docs-serve bench bench-models bench-tpu constraints clean
 
 demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index.html
 	$(BIN)/interp-jax demo --resume
@@ -38,6 +38,9 @@ test-patches-%: .venv-patches/%/.done .venv-patches/references/smollm2.npz
 	.venv-patches/$*/bin/python -m pytest tests/patching/libraries/test_$*.py
 
 test-patches-gemma test-patches-tunix: .venv-patches/references/gemma3-sites.npz
+
+test-vocabularies: $(VENV)/.dev .cache/vocabularies/.done ## tokenizers from GGUF files, by the ids that llama.cpp records
+	$(BIN)/python -m pytest tests/models/test_gguf_vocabularies.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -114,6 +117,19 @@ LISTS := tests/patching/libraries/environments
 
 .venv-patches/references/gemma3-sites.npz: .venv-patches/references/gemma3.npz | .venv-patches/gemma/.done
 	JAX_PLATFORMS=cpu .venv-patches/gemma/bin/python -W ignore tests/patching/libraries/gemma3_270m.py
+
+# The files lie in a source distribution, which is not built; pip asks its build system for the metadata all the same.
+LLAMA_CPP := llama_cpp_python-0.3.16
+.cache/vocabularies/.done: | $(VENV)/.uv
+	rm -rf .cache/vocabularies .cache/llama-cpp && mkdir -p .cache/vocabularies
+	$(UV) venv --quiet --seed --python $(BIN)/python .cache/llama-cpp
+	.cache/llama-cpp/bin/python -m pip install --quiet scikit-build-core
+	.cache/llama-cpp/bin/python -m pip download --quiet --no-deps --no-build-isolation --no-binary llama-cpp-python \
+	  --dest .cache/llama-cpp $(subst llama_cpp_python-,llama-cpp-python==,$(LLAMA_CPP))
+	tar xzf .cache/llama-cpp/$(LLAMA_CPP).tar.gz -C .cache/vocabularies --strip-components=4 \
+	  --wildcards '*/vendor/llama.cpp/models/ggml-vocab-*'
+	rm -rf .cache/llama-cpp
+	@touch $@
 
 # PyTorch is large and has no place in an environment where JAX is tested.
 $(VENV)-peers/.done: pyproject.toml constraints.txt $(VENV)/.uv

@@ -74,6 +74,9 @@ _GPT_NEOX = {
 }
 
 
+_FREQUENCY_DIVISORS = "rope_freqs.weight"  # No weight: what each rotary frequency is divided by.
+
+
 @dataclasses.dataclass(frozen=True)
 class _Architecture:
     model_type: str
@@ -103,7 +106,7 @@ class GgufCheckpoint:
                 f"{self.file.path} is of the architecture {self.name!r}; known are {', '.join(_ARCHITECTURES)}."
             )
         self._architecture = _ARCHITECTURES[self.name]
-        self._stored = {self._theirs(name): name for name in self.file.shapes}
+        self._stored = {self._theirs(name): name for name in self.file.shapes if name != _FREQUENCY_DIVISORS}
 
     @property
     def path(self) -> str:
@@ -183,14 +186,19 @@ class GgufCheckpoint:
         return self.value("embedding_length") // self.value("attention.head_count")
 
     def _rope_scaling(self) -> dict[str, Any] | None:
+        if _FREQUENCY_DIVISORS in self.file.shapes:  # Llama 3.1's scaling, worked out for each frequency.
+            return {"rope_type": "each", "divisors": self.file.tensor(_FREQUENCY_DIVISORS).tolist()}
         kind = self.value("rope.scaling.type", "none")
         if kind == "none":
             return None
-        if kind != "linear":
+        scaling = {"rope_type": kind, "factor": self.value("rope.scaling.factor")}
+        if kind == "yarn":
+            scaling["original_max_position_embeddings"] = self.value("rope.scaling.original_context_length")
+        elif kind != "linear":
             raise ValueError(
-                f"{self.path} scales its rotary positions by {kind!r}; only 'linear' is supported in GGUF."
+                f"{self.path} scales its rotary positions by {kind!r}; supported in GGUF are 'linear' and 'yarn'."
             )
-        return {"rope_type": "linear", "factor": self.value("rope.scaling.factor")}
+        return scaling
 
     def _theirs(self, name: str) -> str:
         found = re.fullmatch(r"(?P<start>blk\.(?P<layer>\d+)\.)?(?P<rest>.+)\.(?P<kind>weight|bias)", name)

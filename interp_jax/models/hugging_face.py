@@ -7,6 +7,7 @@ one function from its config to ours, and one table of where its tensors are.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,8 @@ Fields = Mapping[str, Any]
 
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu", "silu": "silu",
-    "swish": "silu", "relu": "relu",
+    "swish": "silu", "relu": "relu", "gelu_python": "gelu", "gelu_accurate": "gelu_tanh", "quick_gelu": "gelu_sigmoid",
+    "gelu_python_tanh": "gelu_tanh", "relu2": "relu_squared",
 }  # fmt: skip
 
 # Buffers of old checkpoints, which hold no weights; and the output head of a tied model, a copy of the embedding.
@@ -93,18 +95,42 @@ def _rotary(fields: Fields, layer_type: str = "full_attention", default_base: fl
     scaling = parameters or fields.get("rope_scaling") or {}
     base = parameters.get("rope_theta", fields.get("rope_theta", default_base))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return {"rotary_base": float(base), "rotary_scaling": None}
-    if kind == "linear":
+    context = fields.get("max_position_embeddings")
+    if kind in ("default", "dynamic"):  # 'dynamic' changes nothing up to max_position_embeddings, which is our context.
+        found = None
+    elif kind == "linear":
         found = RotaryScaling("linear", float(scaling["factor"]))
     elif kind == "llama3":
         found = RotaryScaling(
             "llama3", float(scaling["factor"]), float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"]),
             int(scaling["original_max_position_embeddings"]),
         )  # fmt: skip
+    elif kind == "yarn":
+        found = RotaryScaling(
+            "yarn", float(scaling["factor"]), float(scaling.get("beta_slow") or 1),
+            float(scaling.get("beta_fast") or 32), int(scaling.get("original_max_position_embeddings") or context),
+            bool(scaling.get("truncate", True)), _yarn_attention_factor(scaling),
+        )  # fmt: skip
+    elif kind == "each":  # Not Hugging Face's: `gguf_model.py` says it so.
+        found = RotaryScaling("each", divisors=tuple(scaling["divisors"]))
     else:
-        raise ValueError(f"The config scales its rotary positions by {kind!r}; supported are 'linear' and 'llama3'.")
+        raise ValueError(
+            f"The config scales its rotary positions by {kind!r}; supported are linear, llama3, yarn and dynamic."
+        )
     return {"rotary_base": float(base), "rotary_scaling": found}
+
+
+def _yarn_attention_factor(scaling: Fields) -> float:
+    """YaRN's growth of queries and keys: as it is given, or 0.1 ln(factor) + 1 (DeepSeek's configs: a ratio of two)."""
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+
+    def growth(share: float) -> float:
+        return 0.1 * share * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return growth(scaling["mscale"]) / growth(scaling["mscale_all_dim"])
+    return growth(1.0)
 
 
 def _local_layers(fields: Fields, is_local: Callable[[int], bool]) -> tuple[bool, ...]:
@@ -158,13 +184,21 @@ def _qwen3(fields: Fields) -> TransformerConfig:
 
 def _gemma(fields: Fields, **more: Any) -> TransformerConfig:
     _refuse(fields, attention_bias=False)
-    # Gemma 1's `hidden_act` says "gelu" and means the tanh form, unless `hidden_activation` is there.
     activation = fields.get("hidden_activation") or "gelu_pytorch_tanh"
+    if fields["model_type"] == "gemma" and _is_since(fields, 4, 48):
+        # Before that, `hidden_act` was ignored: Gemma 1's files say "gelu" there and mean the tanh form.
+        activation = fields.get("hidden_act", activation)
     settings: dict[str, Any] = {
         "norm_offset": 1.0, "embed_scale": math.sqrt(fields["hidden_size"]), "activation": _activation(activation),
         "tied_embeddings": fields.get("tie_word_embeddings", True),
     }  # fmt: skip
     return _llama(fields, **(settings | more))
+
+
+def _is_since(fields: Fields, *version: int) -> bool:
+    """Whether a version of `transformers` or a later one wrote the config. None wrote one that does not say so."""
+    found = re.match(r"(\d+)\.(\d+)", str(fields.get("transformers_version", "")))
+    return found is not None and (int(found[1]), int(found[2])) >= version
 
 
 def _gemma2(fields: Fields, **more: Any) -> TransformerConfig:
@@ -183,16 +217,14 @@ def _gemma3(fields: Fields) -> TransformerConfig:
     if isinstance(fields.get("rope_parameters"), dict):
         local_base = _rotary(fields, "sliding_attention", local_base)["rotary_base"]
     return _gemma2(
-        fields, qk_norm=True, rotary_base_local=float(local_base), **_rotary(fields, default_base=1e6),
+        fields, attn_soft_cap=None,  # There is a field for it, which `transformers` does not use.
+        qk_norm=True, rotary_base_local=float(local_base), **_rotary(fields, default_base=1e6),
         local_layers=_local_layers(fields, lambda layer: (layer + 1) % pattern != 0),
     )  # fmt: skip
 
 
 def _gpt2(fields: Fields) -> TransformerConfig:
-    _refuse(
-        fields, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False,
-        add_cross_attention=False,
-    )  # fmt: skip
+    _refuse(fields, add_cross_attention=False)
     d_model, n_heads = fields["n_embd"], fields["n_head"]
     return TransformerConfig(
         vocab_size=fields["vocab_size"], d_model=d_model, n_layers=fields["n_layer"], n_heads=n_heads,
@@ -200,6 +232,8 @@ def _gpt2(fields: Fields) -> TransformerConfig:
         context=fields["n_positions"], norm="layer", norm_epsilon=fields.get("layer_norm_epsilon", 1e-5),
         activation=_activation(fields.get("activation_function", "gelu_new")), gated_mlp=False, positions="learned",
         qkv_bias=True, attn_out_bias=True, mlp_bias=True, tied_embeddings=fields.get("tie_word_embeddings", True),
+        attn_scale=None if fields.get("scale_attn_weights", True) else 1.0,
+        attn_scale_falls=bool(fields.get("scale_attn_by_inverse_layer_idx", False)),
     )  # fmt: skip
 
 

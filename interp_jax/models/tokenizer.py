@@ -16,6 +16,7 @@ Rebuilding from GGUF, two kinds:
 Hazard: the text of a special token, such as `<|endoftext|>`, is encoded as that token where it stands in a text.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -29,13 +30,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokenizer"]
 
+_ByteLevel = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
+
+
+def _after_gpt_4(digits: str) -> pre_tokenizers.PreTokenizer:
+    """GPT-4's pattern over bytes, in which Llama 3 and Qwen differ by how many digits make a piece."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, _ByteLevel(use_regex=False)])
+
+
 _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    # GPT-2's pattern over bytes; SmolLM first makes every digit a piece of its own.
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
+    # GPT-2's pattern over bytes; SmolLM first makes every digit a piece of its own. OLMo's and MPT's are GPT-NeoX's.
+    "gpt-2": _ByteLevel,
+    "olmo": _ByteLevel,
+    "mpt": _ByteLevel,
+    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _ByteLevel()]),
+    "llama-bpe": lambda: _after_gpt_4(r"\p{N}{1,3}"),
+    "qwen2": lambda: _after_gpt_4(r"\p{N}"),
 }
+_NORMALIZED = ("olmo", "mpt", "qwen2")  # Their texts are composed first (Unicode's form NFC).
+_WHOLE_PIECES_FIRST = ("llama-bpe",)  # A piece of the pattern that is a token is that token, whatever the merges say.
+_BEGUN_BY_BOS = ("llama-bpe",)  # Where the file does not say whether a text begins with the bos token.
 
 # Token types of GGUF's `tokenizer.ggml.token_type`.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -165,13 +184,15 @@ class Tokenizer:
             raise ValueError(
                 f"{gguf_file.path}: of {len(pieces)} tokens {backend.get_vocab_size()} differ; the file is damaged."
             )
+        # Chat models name a bos token and yet were never given one; the flag says which. Where it is missing,
+        # llama.cpp's rule holds: SentencePiece's have one.
+        has_bos = metadata.get("tokenizer.ggml.add_bos_token")
+        if has_bos is None:
+            has_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _BEGUN_BY_BOS
         control = {p: i for i, (p, t) in enumerate(zip(pieces, types, strict=True)) if t == _CONTROL}
         return cls(
             backend,
-            # Chat models name a bos token and yet were never given one; this flag says which.
-            bos_id=metadata.get("tokenizer.ggml.bos_token_id")
-            if metadata.get("tokenizer.ggml.add_bos_token")
-            else None,
+            bos_id=metadata.get("tokenizer.ggml.bos_token_id") if has_bos else None,
             eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
             end_of_text_id=_first(control, _END_OF_TEXT_TOKENS),
         )
@@ -247,22 +268,30 @@ def _first(ids: dict[str, int], names: tuple[str, ...]) -> int | None:
 
 def _byte_level(gguf_file: "GgufFile", pieces: list[str]) -> tokenizers.Tokenizer:
     pre = gguf_file.metadata.get("tokenizer.ggml.pre")
+    if pre is None and gguf_file.metadata.get("general.architecture") in ("gpt2", "gptneox"):
+        pre = "gpt-2" if gguf_file.metadata["general.architecture"] == "gpt2" else "olmo"  # There was no choice yet.
     if pre not in _PRE_TOKENIZERS:
         raise ValueError(
             f"{gguf_file.path}: the pre-tokenizer {pre!r} is not known, only {sorted(_PRE_TOKENIZERS)}. {_INSTEAD}"
         )
     merges: list[str] = gguf_file.require("tokenizer.ggml.merges")
-    # A piece holds no plain space (it is written as Ġ), so the one space divides left from right.
-    bpe = _bpe(gguf_file, pieces, [_split_merge(merge) for merge in merges], fuse_unk=False)
+    bpe = _bpe(
+        gguf_file,
+        pieces,
+        # A piece holds no plain space (it is written as Ġ), so the one space divides left from right.
+        [_split_merge(merge) for merge in merges],
+        fuse_unk=False,
+        ignore_merges=pre in _WHOLE_PIECES_FIRST,
+    )
     backend = tokenizers.Tokenizer(bpe)
+    if pre in _NORMALIZED:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def _sentence_pieces(gguf_file: "GgufFile", pieces: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    if gguf_file.metadata.get("tokenizer.ggml.add_space_prefix", True):
-        raise ValueError(f"{gguf_file.path} puts a space before each text, which is not done here. {_INSTEAD}")
     scores: list[float] = gguf_file.require("tokenizer.ggml.scores")
     if len(scores) != len(pieces):
         raise ValueError(f"{gguf_file.path}: {len(pieces)} tokens but {len(scores)} scores; the file is damaged.")
@@ -282,8 +311,12 @@ def _sentence_pieces(gguf_file: "GgufFile", pieces: list[str], types: list[int])
     backend = tokenizers.Tokenizer(
         _bpe(gguf_file, pieces, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    if gguf_file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        to_text.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(to_text)
     return backend
 
 

@@ -69,7 +69,9 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_sigmoid": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -128,9 +130,9 @@ class _Rotary:
     sin: Array
 
     @staticmethod
-    def at(positions: Int[Array, "rows seq"], frequencies: np.ndarray) -> "_Rotary":
+    def at(positions: Int[Array, "rows seq"], frequencies: np.ndarray, factor: float = 1.0) -> "_Rotary":
         angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-        return _Rotary(jnp.cos(angles), jnp.sin(angles))
+        return _Rotary(factor * jnp.cos(angles), factor * jnp.sin(angles))
 
 
 @jax.tree_util.register_dataclass
@@ -229,8 +231,8 @@ def _times(x: Float[Array, "*rows d_in"], weight: Float[Array, "d_in d_out"]) ->
 def _row_times(row: Float[Array, "d_in"], weight: Float[Array, "d_in d_out"]) -> Float[Array, "d_out"]:
     """One row, as in generation.
 
-    On a CPU in two halves, which are summed: XLA leaves a vector times a matrix to one core, and gives a pair of matrices
-    times a pair of vectors to all.
+    On a CPU in two halves, which are summed: XLA leaves a vector times a matrix to one core, and gives a pair of
+    matrices times a pair of vectors to all.
     """
 
     def in_halves(row: Array, weight: Array) -> Array:
@@ -242,7 +244,7 @@ def _row_times(row: Float[Array, "d_in"], weight: Float[Array, "d_in d_out"]) ->
 
 def _remembered(cache: Array, new: Array, number: Any, start: Any) -> tuple[Array, Array]:
     """What one layer sees, and the cache, with `new[batch, n_kv_heads, seq, d_head]` written from slot `start` on."""
-    if number is None:
+    if cache.ndim == new.ndim:
         cache = jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
         return cache, cache
     zero = jnp.zeros_like(start)
@@ -280,7 +282,7 @@ class Attention(nnx.Module):
             self.q_norm = Norm(c, dtype, width=c.d_head, rms=True)
             self.k_norm = Norm(c, dtype, width=c.d_head, rms=True)
 
-    def __call__(self, x: Array, shared: _Surroundings, reach: _Reach, cache: Any, number: Any) -> tuple[Array, Any]:
+    def __call__(self, x: Array, shared: _Surroundings, reach: _Reach, number: Any, cache: Any) -> tuple[Array, Any]:
         """What attention gives for `x[batch, seq, d_model]`, and the cache's keys and values with those of `x`."""
         batch, seq, _ = x.shape
         c = self.config
@@ -300,7 +302,9 @@ class Attention(nnx.Module):
 
         # Heads as (group, member): a group shares one key-value head, which is thus never copied out.
         grouped = q.swapaxes(1, 2).reshape(batch, c.n_kv_heads, -1, seq, c.d_head)
-        logits = _soft_capped(jnp.einsum("bgmqd,bgkd->bgmqk", grouped, k) * c.scale, c.attn_soft_cap)
+        scale = c.scale / (number + 1) if c.attn_scale_falls else c.scale
+        logits = jnp.einsum("bgmqd,bgkd->bgmqk", grouped, k) * jnp.asarray(scale, x.dtype)
+        logits = _soft_capped(logits, c.attn_soft_cap)
         logits = site(logits.reshape(batch, c.n_heads, seq, -1), "attn_logits")
         # Not -inf: a position that is padding sees nothing, and its row shall be finite.
         masked = jnp.where(reach.sees, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
@@ -365,13 +369,11 @@ class Block(nnx.Module):
             self.attn_post_norm = Norm(config, dtype)
             self.mlp_post_norm = Norm(config, dtype)
 
-    def __call__(
-        self, x: Array, shared: _Surroundings, is_local: Any, cache: Any = None, number: Any = None
-    ) -> tuple[Array, Any]:
-        """The stream `x[batch, seq, d_model]` after the layer, and the cache: of all layers if there is a number."""
+    def __call__(self, x: Array, shared: _Surroundings, is_local: Any, number: Any, cache: Any) -> tuple[Array, Any]:
+        """The stream `x[batch, seq, d_model]` after the layer, and the cache."""
         resid_pre = site(x, "resid_pre")
         attn_in = site(self.attn_norm(resid_pre), "attn_in")
-        attn_out, cache = self.attn(attn_in, shared, shared.reach(is_local), cache, number)
+        attn_out, cache = self.attn(attn_in, shared, shared.reach(is_local), number, cache)
         if self.config.post_norms:
             attn_out = self.attn_post_norm(attn_out)
         attn_out = site(attn_out, "attn_out")
@@ -543,33 +545,33 @@ class Transformer(nnx.Module):
         if local:
             assert c.window is not None
             sees = sees & (distance < c.window)
-        is_rotary = c.positions == "rotary"
-        return _Reach(_Rotary.at(positions, c.rotary_frequencies(local=local)) if is_rotary else None, sees)
+        if c.positions != "rotary":
+            return _Reach(None, sees)
+        frequencies, factor = c.rotary_frequencies(local=local), c.rotary_attention_factor(local=local)
+        return _Reach(_Rotary.at(positions, frequencies, factor), sees)
 
     def _through_blocks(self, x: Array, shared: _Surroundings, cache: KeyValueCache | None) -> tuple[Array, Any]:
         """The stream after all layers; and with a cache all keys and values."""
 
-        def run(x: Array, block: Block, is_local: Any, kept: Any, number: Any) -> tuple[Array, Any]:
-            return block(x, shared, is_local, kept, number)
+        def run(x: Array, block: Block, is_local: Any, number: Any, kept: Any) -> tuple[Array, Any]:
+            return block(x, shared, is_local, number, kept)
 
-        layer = cast(Any, jax.checkpoint(run, static_argnums=() if self.is_stacked else (2,)) if self.remat else run)
+        static = () if self.is_stacked else (2, 3)
+        layer = cast(Any, jax.checkpoint(run, static_argnums=static) if self.remat else run)
         n_layers = self.config.n_layers
         kept: Any = None if cache is None else (cache.k, cache.v)
         if self.is_stacked:
             # The caches of all layers are carried, and each layer writes its part in place: as one input and one output
             # of the scan they would be copied at every token.
             xs = (self.blocks, jnp.asarray(self.config.is_local), jnp.arange(n_layers))
-            (x, kept), _ = layer_scan(
-                lambda carry, each: (layer(carry[0], *each[:2], carry[1], each[2]), None), (x, kept), xs
-            )
+            (x, kept), _ = layer_scan(lambda carry, each: (layer(carry[0], *each, carry[1]), None), (x, kept), xs)
             return x, kept
         each_kept = [None] * n_layers if cache is None else zip(*kept, strict=True)
+        each = zip(cast(Any, self.blocks), self.config.is_local, range(n_layers), each_kept, strict=True)
         new: list[Any] = []
-        for number, (block, is_local, kept) in enumerate(
-            zip(cast(Any, self.blocks), self.config.is_local, each_kept, strict=True)
-        ):
+        for block, is_local, number, kept in each:
             with in_layer(number):
-                x, kept = layer(x, block, is_local, kept, None)
+                x, kept = layer(x, block, is_local, number, kept)
             new.append(kept)
         return x, None if cache is None else tuple(zip(*new, strict=True))
 

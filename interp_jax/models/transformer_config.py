@@ -16,25 +16,58 @@ __all__ = ["RotaryScaling", "TransformerConfig"]
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
-    """How rotary frequencies are lowered for a context longer than the one trained on first."""
+    """How rotary frequencies are lowered for a context longer than the one trained on first.
 
-    kind: Literal["linear", "llama3"]
-    """'linear' divides every frequency by `factor`; 'llama3' only those whose wavelength is long (Llama 3.1)."""
-    factor: float
+    - 'linear': every frequency is divided by `factor`.
+    - 'llama3': those that turn less than `low_frequency_factor` times in the original context are divided by `factor`,
+      those that turn more than `high_frequency_factor` times are kept, and between the two it is gradual in the number
+      of turns (Llama 3.1).
+    - 'yarn': the same idea, gradual in the number of the frequency; queries and keys grow by `attention_factor` besides
+      (Peng et al. 2023, "YaRN", sections 3.2 and 3.4).
+    - 'each': every frequency has a divisor of its own, in `divisors`.
+
+    Raises:
+        ValueError: The kind is unknown, or has no divisors.
+    """
+
+    kind: Literal["linear", "llama3", "yarn", "each"]
+    """Which of them."""
+    factor: float = 1.0
     """What frequencies are divided by."""
     low_frequency_factor: float = 1.0
-    """llama3: wavelengths above original_context / this are divided in full."""
+    """llama3 and yarn (there called beta slow): turns in the original context below which `factor` counts in full."""
     high_frequency_factor: float = 4.0
-    """llama3: wavelengths below original_context / this stay; between the two the change is gradual."""
+    """llama3 and yarn (there called beta fast): turns in the original context above which a frequency stays."""
     original_context: int = 8192
-    """llama3: the context trained on first, in tokens."""
+    """llama3 and yarn: the context trained on first, in tokens."""
+    whole_numbers: bool = True
+    """yarn: whether the two frequencies between which it is gradual are rounded outwards to whole numbers."""
+    attention_factor: float = 1.0
+    """What queries and keys are multiplied with."""
+    divisors: tuple[float, ...] = ()
+    """each: what each frequency is divided by."""
 
-    def apply(self, frequencies: np.ndarray) -> np.ndarray:
-        """Lowers frequencies, in radians a position."""
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3", "yarn", "each"):
+            raise ValueError(f"RotaryScaling.kind is {self.kind!r}; it must be 'linear', 'llama3', 'yarn' or 'each'.")
+
+    def apply(self, frequencies: np.ndarray, base: float) -> np.ndarray:
+        """Lowers frequencies `base ** (-i / n)` for i from 0 to n - 1, in radians a position."""
         if self.kind == "linear":
             return frequencies / self.factor
+        if self.kind == "each":
+            return frequencies / np.asarray(self.divisors)
         turns = self.original_context * frequencies / (2 * math.pi)
-        kept = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if self.kind == "llama3":
+            kept = (turns - low) / (high - low)
+        else:
+            # Where in the row of frequencies one would turn so often: their logarithms fall by equal steps.
+            first, last = (len(frequencies) * math.log(turns[0] / n, base) for n in (high, low))
+            if self.whole_numbers:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, 2 * len(frequencies) - 1)
+            kept = 1 - (np.arange(len(frequencies)) - first) / (last - first or 0.001)
         kept = np.clip(kept, 0, 1)
         return kept * frequencies + (1 - kept) * frequencies / self.factor
 
@@ -75,7 +108,8 @@ class TransformerConfig:
     qk_norm: bool = False
     """Whether q and k are normed over each head (RMSNorm with a scale), before rotary (Qwen 3, Gemma 3)."""
     activation: str = "silu"
-    """Nonlinearity of the MLP: 'silu', 'gelu' (the exact one), 'gelu_tanh' (its tanh form, "gelu_new") or 'relu'."""
+    """Nonlinearity of the MLP: 'silu', 'gelu' (the exact one), 'gelu_tanh' (its tanh form, "gelu_new"), 'gelu_sigmoid'
+    (x sigmoid(1.702 x), "quick_gelu"), 'relu' or 'relu_squared'."""
     gated_mlp: bool = True
     """Whether the MLP is act(x W_gate) * (x W_in) or plain act(x W_in)."""
     parallel_residual: bool = False
@@ -96,6 +130,8 @@ class TransformerConfig:
     """Which layers are local; all of them when None, if there is a window."""
     attn_scale: float | None = None
     """What q.k is multiplied with; 1 / sqrt(d_head) when None."""
+    attn_scale_falls: bool = False
+    """Whether layer i (from 0) divides q.k by i + 1 besides (an option of GPT-2's)."""
     attn_soft_cap: float | None = None
     """If c is given, attention logits x become c tanh(x / c) (Gemma 2)."""
     logit_soft_cap: float | None = None
@@ -130,8 +166,8 @@ class TransformerConfig:
                 f"{self.d_head}."
             )
         choices = {
-            "norm": ("rms", "layer"), "activation": ("silu", "gelu", "gelu_tanh", "relu"),
-            "positions": ("rotary", "learned"),
+            "norm": ("rms", "layer"), "positions": ("rotary", "learned"),
+            "activation": ("silu", "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "relu_squared"),
         }  # fmt: skip
         for field, known in choices.items():
             if getattr(self, field) not in known:
@@ -143,6 +179,13 @@ class TransformerConfig:
             raise ValueError(
                 f"TransformerConfig.local_layers names {len(self.local_layers)} layers, with window={self.window}; "
                 f"it needs a window and one value for each of the {self.n_layers} layers."
+            )
+
+        scaling = self.rotary_scaling
+        if scaling is not None and scaling.kind == "each" and len(scaling.divisors) != self.n_rotary // 2:
+            raise ValueError(
+                f"RotaryScaling.divisors has {len(scaling.divisors)} values; {self.n_rotary} turned coordinates have "
+                f"{self.n_rotary // 2} frequencies."
             )
 
     @property
@@ -175,7 +218,19 @@ class TransformerConfig:
         if local and self.rotary_base_local is not None:
             return self.rotary_base_local**exponents
         frequencies = self.rotary_base**exponents
-        return frequencies if self.rotary_scaling is None else self.rotary_scaling.apply(frequencies)
+        return frequencies if self.rotary_scaling is None else self.rotary_scaling.apply(frequencies, self.rotary_base)
+
+    def rotary_attention_factor(self, *, local: bool) -> float:
+        """What turned queries and keys are multiplied with.
+
+        Args:
+            local: in the local layers.
+
+        Returns:
+            A factor, 1 unless the rotary scaling has one.
+        """
+        is_unscaled = self.rotary_scaling is None or (local and self.rotary_base_local is not None)
+        return 1.0 if is_unscaled else self.rotary_scaling.attention_factor
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "TransformerConfig":
@@ -184,7 +239,8 @@ class TransformerConfig:
         if fields.get("local_layers") is not None:
             fields["local_layers"] = tuple(fields["local_layers"])
         if fields.get("rotary_scaling") is not None:
-            fields["rotary_scaling"] = RotaryScaling(**fields["rotary_scaling"])
+            scaling = dict(fields["rotary_scaling"])
+            fields["rotary_scaling"] = RotaryScaling(**scaling | {"divisors": tuple(scaling.get("divisors", ()))})
         return TransformerConfig(**fields)
 
     def as_json(self) -> dict[str, Any]:

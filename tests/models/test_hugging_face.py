@@ -54,18 +54,28 @@ def directory(case, tmp_path_factory):
     return write_directory(tmp_path_factory.mktemp(case), case)
 
 
+def assert_close(actual, expected, what=""):
+    """Within rounding of the largest value, which sums of many terms are as far off as."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=4e-6 * max(1, np.abs(expected).max()), err_msg=what)
+
+
 def test_logits_and_sites_are_pytorch_s(case, directory):
     model = load_hugging_face(directory)
     expected = CASES[case]
-    sites = ("resid_pre", "attn_out", "mlp_out", "resid_post", "final_norm", "attn_probs")
-    logits, at = jax.jit(ij.fetch(apply, sites))(model, TOKENS)
+    logits, at = jax.jit(ij.fetch(apply))(model, TOKENS)
     np.testing.assert_allclose(logits, expected["logits"], atol=2e-5)
-    np.testing.assert_allclose(at[None, "final_norm"], expected["hidden"][-1], atol=2e-5)
+    np.testing.assert_allclose(at[None, "embed"], expected["hidden"][0], atol=2e-6)
+    assert_close(at[None, "final_norm"], expected["hidden"][-1])
     for layer in range(model.config.n_layers):
-        np.testing.assert_allclose(at[layer, "resid_pre"], expected["hidden"][layer], atol=2e-5)
+        assert_close(at[layer, "resid_pre"], expected["hidden"][layer])
         np.testing.assert_allclose(at[layer, "attn_probs"], expected["attentions"][layer], atol=5e-6)
         total = at[layer, "resid_pre"] + at[layer, "attn_out"] + at[layer, "mlp_out"]
-        np.testing.assert_allclose(at[layer, "resid_post"], total, atol=1e-5)
+        assert_close(at[layer, "resid_post"], total)
+    last = model.config.n_layers - 1
+    of_layer = {name for at_layer, name in at if at_layer == last}
+    assert of_layer - expected["sites"].keys() == {"resid_pre", "resid_post", "attn_probs", "attn_logits"}
+    for name, value in expected["sites"].items():
+        assert_close(at[last, name].reshape(value.shape), value, name)
 
 
 @pytest.mark.slow
@@ -234,10 +244,10 @@ def test_no_such_directory(tmp_path):
         ("llama", {"hidden_act": "mish"}, "activation 'mish' is not known"),
         (
             "llama",
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "'yarn'; supported are 'linear' and 'llama3'",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "'longrope'; supported are linear, llama3, yarn and dynamic",
         ),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True; only False"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True; only False"),
         ("llama", {"num_key_value_heads": 3}, "multiple of n_kv_heads"),
     ],
 )
@@ -262,6 +272,21 @@ def test_newer_files_hold_rotary_settings_in_one_table():
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     }
     assert config_from_hugging_face(fields) == config_from_hugging_face(CASES["gemma3_text"]["config"])
+
+
+def test_dynamic_scaling_changes_nothing_within_the_context():
+    fields = CASES["llama"]["config"]
+    dynamic = fields | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    assert config_from_hugging_face(dynamic) == config_from_hugging_face(fields)
+
+
+def test_gemma_s_activation_before_and_after_the_release_that_heeds_it():
+    fields = CASES["gemma"]["config"] | {"hidden_act": "gelu", "hidden_activation": None}
+    for version, activation in (("4.38.0.dev0", "gelu_tanh"), ("4.48.0", "gelu"), ("5.0.1", "gelu")):
+        assert config_from_hugging_face(fields | {"transformers_version": version}).activation == activation
+    del fields["transformers_version"]
+    assert config_from_hugging_face(fields).activation == "gelu_tanh"
+    assert config_from_hugging_face(fields | {"hidden_activation": "relu"}).activation == "relu"
 
 
 def test_every_family_is_compared():

@@ -208,6 +208,16 @@ def test_sentence_pieces_are_readable(sentence_pieces):
     assert sentence_pieces.readable(ids) == expected
 
 
+def test_a_space_before_each_text(tmp_path):
+    gguf_file = _write_sentence_pieces(tmp_path / "model.gguf", add_space_prefix=True)
+    tokenizer = Tokenizer.from_gguf(gguf_file)
+    for text in ("ab", "植 b", "a b"):
+        ids = tokenizer.encode(text)
+        assert ids == _sentence_pieces_by_hand(" " + text, *_of_file(gguf_file))
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("") == []
+
+
 def test_gemma_s_ids():
     """Those of SentencePiece itself, run on the same pieces."""
     if installed_data.status("gemma3")[0].path is None:
@@ -261,8 +271,6 @@ def test_what_cannot_be_rebuilt_is_refused(tmp_path):
         Tokenizer.from_gguf(_write_gguf(tmp_path / "b.gguf", pre="tekken"))
     with pytest.raises(ValueError, match="260 tokens but 3 token types"):
         Tokenizer.from_gguf(_write_gguf(tmp_path / "c.gguf", types=[1, 1, 1]))
-    with pytest.raises(ValueError, match=r"puts a space before each text.*from_file"):
-        Tokenizer.from_gguf(_write_sentence_pieces(tmp_path / "d.gguf", add_space_prefix=True))
     with pytest.raises(ValueError, match="281 tokens but 1 scores"):
         Tokenizer.from_gguf(_write_sentence_pieces(tmp_path / "e.gguf", scores=[1.0]))
     with pytest.raises(ValueError, match="0 pieces for bytes, expected one for each of 256"):

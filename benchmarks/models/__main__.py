@@ -1,0 +1,156 @@
+"""SmolLM2-135M in the project's `Transformer`, beside PyTorch's `transformers` and beside the patched Flax Llama.
+
+    make bench-models, or: python -m benchmarks.models, where the extras `demo` and `peers` are installed
+
+f32, the same weights from one GGUF file; the two sides of a row are run in turn, and times are medians. PyTorch has a
+process of its own and as many threads as the machine has cores.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import interp_jax as ij
+from benchmarks.instrument.rows import Row, report, seconds
+from benchmarks.models.pytorch_peer import Peer
+from interp_jax import installed_data
+from interp_jax.models.flax_llama import load_smollm2
+from interp_jax.models.gguf_model import load_gguf
+from interp_jax.models.transformer import Transformer, apply, unrolled
+
+NEW_TOKENS = 128
+LAYER = 15
+MATMUL = 2048
+FIRST_TOKEN_SECONDS = 10.0
+
+FIRST_TOKEN = """
+import interp_jax as ij
+model = ij.load("smollm2")
+prompt = model.tokenizer.encode("The capital of France is")
+print(ij.generate(model, [prompt], max_new_tokens=1).rows())
+"""
+
+
+def matmul_flops(rounds: int) -> float:
+    """Floating-point operations a second of a large product, for the share of it that a forward pass reaches."""
+    x = jnp.ones((MATMUL, MATMUL))
+    product = jax.jit(jnp.matmul)
+    return 2 * MATMUL**3 / seconds([lambda: product(x, x)], rounds)[0]
+
+
+def forward_rows(model: Transformer, tokens: np.ndarray, peer: Peer, rounds: int) -> list[Row]:
+    """A pass with logits over 8 rows of 128 tokens."""
+    library = load_smollm2()
+    ours, flax = jax.jit(apply), jax.jit(library.forward)
+    loop, row = unrolled(model), jnp.asarray(tokens)
+    expected = peer.forward()
+    np.testing.assert_allclose(ours(model, row), expected, atol=5e-4)
+    np.testing.assert_allclose(ours(loop, row), expected, atol=5e-4)
+    sides = [
+        lambda: ours(loop, row),
+        lambda: ours(model, row),
+        lambda: flax(library.params, row),
+        peer.run_forward,
+    ]
+    of_loop, stacked, flax_seconds, torch_seconds = seconds(sides, rounds)
+    what = f"forward with logits, {tokens.shape[0]} x {tokens.shape[1]}"
+    n_weights = sum(leaf.size for leaf in jax.tree.leaves(model))
+    products = (
+        2 * n_weights * tokens.size / matmul_flops(rounds)
+    )  # The embedding is looked up, and multiplied at the end.
+    return [
+        Row(f"{what}, unrolled / PyTorch", "s", of_loop, torch_seconds, 1 / 1.8),
+        Row(f"{what}, stacked / PyTorch", "s", stacked, torch_seconds, 1 / 1.8),
+        Row(f"{what}, unrolled / Flax Llama", "s", of_loop, flax_seconds, 1.0),
+        Row(f"{what}, stacked / Flax Llama", "s", stacked, flax_seconds, 1.0),
+        Row(f"{what}, unrolled / its products at a {MATMUL} cubed one's speed", "s", of_loop, products),
+        Row(f"{what}, PyTorch / its products at a {MATMUL} cubed one's speed", "s", torch_seconds, products),
+    ]
+
+
+def damped(activation: ij.Activation) -> Any:
+    """An intervention at one layer."""
+    if (activation.layer, activation.name) == (LAYER, "mlp_out"):
+        return activation.value * 0.9
+    return None
+
+
+def decode_rows(model: Transformer, peer: Peer, rounds: int) -> list[Row]:
+    """128 new tokens, the likeliest each."""
+    loop = unrolled(model)
+    found: list[Row] = []
+    for batch, factor in ((1, 1.3), (16, 1.8)):
+        prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (batch, 16))
+
+        def ours(model: Transformer, prompts: Any = prompts, **more: Any) -> Any:
+            return ij.generate(model, prompts.tolist(), max_new_tokens=NEW_TOKENS, **more).tokens
+
+        np.testing.assert_array_equal(ours(loop)[:, :16], peer.decode(prompts, 16))
+        sides = [
+            lambda ours=ours: ours(loop),
+            lambda ours=ours: ours(loop, interventions=damped),
+            lambda ours=ours: ours(model),
+            lambda ours=ours: ours(model, interventions=damped),
+            lambda prompts=prompts: peer.decode(prompts, NEW_TOKENS),
+        ]
+        plain, edited, stacked, stacked_edited, of_torch = seconds(sides, rounds)
+        what = f"decode, batch {batch}, {NEW_TOKENS} tokens"
+        found += [
+            Row(f"{what}, unrolled / PyTorch", "s", plain, of_torch, 1 / factor),
+            Row(f"{what}, stacked / PyTorch", "s", stacked, of_torch, 1 / factor),
+            Row(f"{what}, unrolled, one layer edited / without", "s", edited, plain, 1.05),
+            Row(f"{what}, stacked, one layer edited / without", "s", stacked_edited, stacked, 1.05),
+        ]
+    return found
+
+
+def first_token_rows(rounds: int) -> list[Row]:
+    """A new process: import, load, compile (or find it in the compilation cache), run."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+        def run() -> float:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", FIRST_TOKEN], env=environment, check=True, capture_output=True)
+            return time.perf_counter() - start
+
+        cold = run()
+        n_files = len(list(pathlib.Path(cache).iterdir()))
+        warm = statistics.median([run() for _ in range(rounds)])
+        assert len(list(pathlib.Path(cache).iterdir())) == n_files > 0
+    return [
+        Row("first token of a new process, compilation cache warm / 1 s", "s", warm, 1.0, FIRST_TOKEN_SECONDS),
+        Row("first token of a new process, compilation cache empty / warm", "s", cold, warm),
+    ]
+
+
+def main() -> None:
+    """Prints the table and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed")
+    rounds = parser.parse_args().rounds
+    model = load_gguf(installed_data.find("smollm2"))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (8, 128))
+    peer = Peer(tokens)
+    try:
+        rows = [*forward_rows(model, tokens, peer, rounds), *decode_rows(model, peer, rounds)]
+    finally:
+        peer.close()
+    report("models", [*rows, *first_token_rows(rounds)], threads=peer.threads)
+
+
+if __name__ == "__main__":
+    main()
