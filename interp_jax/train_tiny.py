@@ -35,7 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from interp_jax.activations.tokens import pack, split_documents
 from interp_jax.activations.wikipedia import articles
 from interp_jax.instrument import iterate
-from interp_jax.models import ngram, tiny, transformer
+from interp_jax.models import ngram, saved_model, tiny, transformer
 from interp_jax.models.loss import next_token_loss
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import Transformer, TransformerConfig
@@ -350,10 +350,10 @@ def main(config: TrainTinyConfig) -> dict[str, Any]:
     model, history = train(config, texts, console)
     seconds = time.perf_counter() - started
 
-    transformer.save(model, config.output, dtype=jnp.float16)
+    saved_model.save(model, config.output, dtype=jnp.float16)
     write_whole(config.output / "tokenizer.json", backend.to_str(pretty=True).encode())
     # What is reported is what a user loads: the stored weights, not those in memory.
-    stored = transformer.load(config.output)
+    stored = saved_model.load(config.output)
     losses["transformer"] = evaluate(jax.jit(lambda m, t: next_token_loss(m(t), t)), stored, texts.held_out)
     characters = sum(len(article.text) for article in held_out)
     record = {

@@ -3,8 +3,8 @@
 In one process the two libraries' thread pools take the cores from one another: what runs after PyTorch is slower for a
 while, and so is PyTorch. Here each has the machine to itself in its turn.
 
-The parent writes one line of JSON a request, `["forward"]` or `["decode", prompts, n_tokens]`, and reads one line when it
-is done. What was computed goes to a file, whose path is in the answer.
+The parent writes one line of JSON a request, `["forward"]` or `["decode", prompts, n_tokens]`, and reads one line when
+it is done. Logits go to a file, whose path is in the answer.
 """
 
 import importlib

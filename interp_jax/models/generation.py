@@ -5,6 +5,10 @@ cache (the *steps*). An intervention is a function from an `Activation` to its n
 program is traced: once a site in the prefill, where values are `[batch, prompt, ...]`, and once a site in a step, where
 they are `[batch, 1, ...]`.
 
+Arrays that an intervention closes over are constants of the program, and another function is another program, seconds
+of compilation. What shall vary goes into a `jax.tree_util.Partial(function, array, ...)`: its arrays are arguments of
+the program, in which the function is called as `function(array, ..., activation)`.
+
 `iterate_generation` is the same as an ordinary `for` loop over every site of every pass, with concrete values: for
 looking, printing and branching in Python. It is as slow as eager execution is.
 
@@ -15,20 +19,23 @@ be alone. The tokens are those that passes over the whole text would give: the c
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from interp_jax.instrument import Activation, SiteError, SiteValues, fetch, iterate
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import KeyValueCache, Transformer, empty_cache
 
 __all__ = ["Generation", "GenerationStep", "RunningGeneration", "generate", "iterate_generation"]
 
 Intervention = Callable[[Activation], Any]
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 Sites = str | Sequence[str] | None
 Layers = int | Sequence[int | None] | None
 
@@ -41,6 +48,10 @@ class Generation:
     """The new tokens, the stop token included; what stands after it is -1."""
     n_generated: Int[Array, "batch"]
     """How many there are, the stop token included."""
+    stop_tokens: tuple[int, ...]
+    """The ids at which a row ended."""
+    tokenizer: Tokenizer | None
+    """The model's, where it has one."""
     activations: SiteValues
     """For each site that was fetched, `[batch, max_new_tokens, ...]`: its value at the position from which each new
     token was predicted. The first is the prompt's last. `attn_logits` and `attn_probs` are `[batch, max_new_tokens,
@@ -51,17 +62,30 @@ class Generation:
         counted = zip(np.asarray(self.tokens), np.asarray(self.n_generated), strict=True)
         return [row[:n].tolist() for row, n in counted]
 
+    def texts(self) -> list[str]:
+        """What was written in each row, without the stop token.
+
+        Raises:
+            ValueError: The model was given without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "A Transformer has no tokenizer; give generate the LanguageModel, or decode rows() yourself."
+            )
+        rows = (row[:-1] if row and row[-1] in self.stop_tokens else row for row in self.rows())
+        return [self.tokenizer.decode(row) for row in rows]
+
 
 def generate(
     model: Transformer | LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     key: PRNGKeyArray | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     interventions: Intervention | None = None,
     where: str = "both",
     fetch_sites: Sites = (),
@@ -71,16 +95,17 @@ def generate(
 
     Args:
         model: A `Transformer`, or a `LanguageModel` that runs on one.
-        prompts: Token ids, a list a row; lengths may differ.
+        prompts: A text or texts, or token ids, a list a row; lengths may differ. A text needs a `LanguageModel` and is
+            encoded by its `encode_prompt`; ids are taken as they are.
         max_new_tokens: How many to generate at most.
         temperature: What logits are divided by before sampling; 0 takes the most likely token.
         top_k: Sample among this many likeliest tokens only.
         top_p: Sample among the fewest likeliest tokens whose probabilities reach this only.
         key: Draws the tokens; needed unless the temperature is 0. A row's draw depends on its place in the batch, and
             on nothing else of the other rows.
-        stop_tokens: Ids that end a row.
-        interventions: From an `Activation` to its new value, or None to leave it alone; see the module. A function
-            that is passed again is not traced again.
+        stop_tokens: Ids that end a row; when None, those of the model's tokenizer if it has one. `()` for none.
+        interventions: From an `Activation` to its new value, or None to leave it alone. A function that is passed again
+            is not traced again; nor is a `jax.tree_util.Partial` of it with other arrays.
         where: Whether interventions act on the prompts' positions, on those of generated tokens, or on both.
         fetch_sites: Sites whose activations are given back.
         fetch_layers: Layers whose activations are given back; all when None.
@@ -92,6 +117,7 @@ def generate(
         ValueError: A prompt is empty, too long for the context or holds an id that is no token, or an argument is out
             of its range.
     """
+    prompts, stop_tokens, tokenizer = _asked(model, prompts, stop_tokens)
     model = _transformer(model)
     tokens, is_token = _padded(model, prompts, max_new_tokens)
     settings = _settings(temperature, top_k, top_p, key, stop_tokens, model.config.vocab_size)
@@ -99,12 +125,13 @@ def generate(
         raise ValueError(f"where={where!r}; it must be 'prompt', 'generated' or 'both'.")
     fetched = (fetch_sites,) if isinstance(fetch_sites, str) else tuple(fetch_sites or ())
     layers = (fetch_layers,) if isinstance(fetch_layers, int) else None if fetch_layers is None else tuple(fetch_layers)
+    varying, fixed = (interventions, None) if isinstance(interventions, Partial) else (None, interventions)
     out, activations = _generate(
         model, tokens, is_token, key if key is not None else jax.random.key(0), settings.temperature,
-        settings.top_p, max_new_tokens, settings.static, interventions, where, fetched, layers,
+        settings.top_p, varying, max_new_tokens, settings.static, fixed, where, fetched, layers,
     )  # fmt: skip
     new, n_generated = out
-    return Generation(new, n_generated, activations)
+    return Generation(new, n_generated, settings.static.stop_tokens, tokenizer, activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +168,19 @@ def _settings(
         temperature or 1.0, 1.0 if top_p is None else top_p,
         _Static(temperature == 0, top_k, top_p is not None, tuple(stop_tokens)),
     )  # fmt: skip
+
+
+def _asked(
+    model: Transformer | LanguageModel, prompts: Prompts, stop_tokens: Sequence[int] | None
+) -> tuple[Sequence[Sequence[int]], Sequence[int], Tokenizer | None]:
+    """Prompts as ids, stop tokens, and the tokenizer."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(model, LanguageModel):
+        rows = [model.encode_prompt(each) if isinstance(each, str) else each for each in texts]
+        return rows, model.stop_tokens if stop_tokens is None else stop_tokens, model.tokenizer
+    if any(isinstance(each, str) for each in texts):
+        raise ValueError("A Transformer has no tokenizer for texts; give generate the LanguageModel, or token ids.")
+    return cast(Any, texts), stop_tokens or (), None
 
 
 def _transformer(model: Transformer | LanguageModel) -> Transformer:
@@ -213,7 +253,7 @@ def _instrumented(
     return run
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10, 11))
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10, 11, 12))
 def _generate(
     model: Transformer,
     tokens: Int[Array, "batch seq"],
@@ -221,15 +261,16 @@ def _generate(
     key: PRNGKeyArray,
     temperature: Any,
     top_p: Any,
+    varying: Partial | None,
     max_new_tokens: int,
     static: _Static,
-    intervention: Intervention | None,
+    fixed: Intervention | None,
     where: str,
     fetch_sites: tuple[str, ...],
     fetch_layers: tuple[int | None, ...] | None,
 ) -> tuple[Any, Any]:
     batch, length = tokens.shape
-
+    intervention = fixed if varying is None else varying
     in_prompt, in_steps = (intervention if where != but else None for but in ("generated", "prompt"))
     prefill = _instrumented(_prefill, in_prompt, fetch_sites, fetch_layers)
     step = _instrumented(_step, in_steps, fetch_sites, fetch_layers)
@@ -319,9 +360,9 @@ class RunningGeneration:
 
     def __init__(
         self, model: Transformer, tokens: Any, is_token: Any, key: Any, settings: _Settings, max_new_tokens: int,
-        sites: Sites, layers: Layers,
+        sites: Sites, layers: Layers, tokenizer: Tokenizer | None,
     ):  # fmt: skip
-        self._position = 0
+        self._position, self._stop_tokens, self._tokenizer = 0, settings.static.stop_tokens, tokenizer
 
         def run() -> tuple[Array, Array]:
             batch, length = tokens.shape
@@ -373,19 +414,19 @@ class RunningGeneration:
     def retval(self) -> Generation:
         """What was generated. It is there once the loop has run to its end."""
         new, n_generated = self._running.retval
-        return Generation(new, n_generated, SiteValues())
+        return Generation(new, n_generated, self._stop_tokens, self._tokenizer, SiteValues())
 
 
 def iterate_generation(
     model: Transformer | LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     key: PRNGKeyArray | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     sites: Sites = None,
     layers: Layers = None,
 ) -> RunningGeneration:
@@ -416,8 +457,9 @@ def iterate_generation(
     Raises:
         ValueError: As for `generate`.
     """
+    prompts, stop_tokens, tokenizer = _asked(model, prompts, stop_tokens)
     model = _transformer(model)
     tokens, is_token = _padded(model, prompts, max_new_tokens)
     settings = _settings(temperature, top_k, top_p, key, stop_tokens, model.config.vocab_size)
     key = jax.random.key(0) if key is None else key
-    return RunningGeneration(model, tokens, is_token, key, settings, max_new_tokens, sites, layers)
+    return RunningGeneration(model, tokens, is_token, key, settings, max_new_tokens, sites, layers, tokenizer)

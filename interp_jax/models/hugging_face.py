@@ -5,19 +5,18 @@ and never a silent approximation. Weights are used as they are: nothing is folde
 one function from its config to ours, and one table of where its tensors are.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
+from interp_jax.models.safetensors_folder import SafetensorsFolder, read_json
 from interp_jax.models.transformer import Transformer
 from interp_jax.models.transformer_config import RotaryScaling, TransformerConfig
 from interp_jax.models.weights import Layout, TensorSource, assemble
@@ -95,7 +94,6 @@ def _rotary(fields: Fields, layer_type: str = "full_attention", default_base: fl
     scaling = parameters or fields.get("rope_scaling") or {}
     base = parameters.get("rope_theta", fields.get("rope_theta", default_base))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    context = fields.get("max_position_embeddings")
     if kind in ("default", "dynamic"):  # 'dynamic' changes nothing up to max_position_embeddings, which is our context.
         found = None
     elif kind == "linear":
@@ -106,9 +104,10 @@ def _rotary(fields: Fields, layer_type: str = "full_attention", default_base: fl
             int(scaling["original_max_position_embeddings"]),
         )  # fmt: skip
     elif kind == "yarn":
+        context = scaling.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+        slow, fast = scaling.get("beta_slow") or 1, scaling.get("beta_fast") or 32
         found = RotaryScaling(
-            "yarn", float(scaling["factor"]), float(scaling.get("beta_slow") or 1),
-            float(scaling.get("beta_fast") or 32), int(scaling.get("original_max_position_embeddings") or context),
+            "yarn", float(scaling["factor"]), float(slow), float(fast), int(context),
             bool(scaling.get("truncate", True)), _yarn_attention_factor(scaling),
         )  # fmt: skip
     elif kind == "each":  # Not Hugging Face's: `gguf_model.py` says it so.
@@ -429,63 +428,15 @@ FAMILIES: dict[str, tuple[Callable[[Fields], TransformerConfig], Callable[[Trans
 # ---------------------------------------------------------------- files
 
 
-class SafetensorsFolder:
-    """The tensors of a directory, in one file or in shards; opened and mapped, not read."""
-
-    def __init__(self, directory: str | Path):
-        """Opens every file.
-
-        Args:
-            directory: Holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
-
-        Raises:
-            FileNotFoundError: A file is not there.
-            ValueError: A file is cut short or damaged.
-        """
-        self._directory = Path(directory)
-        index = self._directory / "model.safetensors.index.json"
-        files = ["model.safetensors"]
-        if index.is_file():
-            files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        self._where: dict[str, Any] = {}
-        for name in files:
-            path = self._directory / name
-            # A name from an index is data: it may not lead elsewhere.
-            if path.parent != self._directory or not path.is_file():
-                raise FileNotFoundError(f"{path} is not there; a model is a directory with safetensors in it.")
-            try:
-                opened = safetensors.safe_open(path, framework="numpy")
-                keys = list(opened.keys())
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again.") from error
-            self._where.update(dict.fromkeys(keys, opened))
-        # Some checkpoints were saved from within the class that ours are named after.
-        self._stored = {self._full_name(name): name for name in self._where}
-
-    @property
-    def path(self) -> str:
-        """The directory."""
-        return str(self._directory)
-
-    @property
-    def names(self) -> Iterable[str]:
-        """All tensors, with the names of the whole language model."""
-        return self._stored
-
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype that it is stored in."""
-        stored = self._stored[name]
-        return self._where[stored].get_tensor(stored)
-
-    @staticmethod
-    def _full_name(name: str) -> str:
-        for prefix in ("language_model.", "model.language_model."):
-            if name.startswith(prefix):
-                rest = name.removeprefix(prefix)
-                return rest if rest.startswith(("model.", "lm_head.")) else f"model.{rest}"
-        if name.startswith(("h.", "wte.", "wpe.", "ln_f.")):
-            return f"transformer.{name}"
-        return name
+def _full_name(name: str) -> str:
+    """The name that a tensor has in the whole language model: some checkpoints were saved from a part of it."""
+    for prefix in ("language_model.", "model.language_model."):
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            return rest if rest.startswith(("model.", "lm_head.")) else f"model.{rest}"
+    if name.startswith(("h.", "wte.", "wpe.", "ln_f.")):
+        return f"transformer.{name}"
+    return name
 
 
 def load_hugging_face(
@@ -520,11 +471,12 @@ def load_hugging_face(
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; a model is a directory with config.json and safetensors.")
-    whole = _read_json(path)
+    whole = read_json(path)
     config_from_hugging_face(whole)  # its faults first: looking through the tensors may take long
+    source = SafetensorsFolder(directory, full_name=_full_name)
     return load_tensors(
-        SafetensorsFolder(directory), whole, dtype=dtype, compute_dtype=compute_dtype, layers=layers, remat=remat,
-        mesh=mesh, check_finite=check_finite,
+        source, whole, dtype=dtype, compute_dtype=compute_dtype, layers=layers, remat=remat, mesh=mesh,
+        check_finite=check_finite,
     )  # fmt: skip
 
 
@@ -548,13 +500,3 @@ def load_tensors(source: TensorSource, fields: Fields, **options: Any) -> Transf
     if text is not fields:
         ignored += (r"^vision_tower\.", r"^multi_modal_projector\.", r"^model\.(vision_tower|multi_modal_projector)\.")
     return assemble(source, config, _family(text)[1](config), ignored=ignored, **options)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no table of fields.")
-    return fields

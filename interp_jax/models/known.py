@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from typing import Any
 
 from interp_jax.models.language_model import LanguageModel
 
@@ -18,12 +19,14 @@ KNOWN_MODELS = tuple(_HOME)
 """The names that `load` takes."""
 
 
-def load(name: str | os.PathLike[str]) -> LanguageModel:
+def load(name: str | os.PathLike[str], **options: Any) -> LanguageModel:
     """A model by name, or from files.
 
     Args:
         name: `tiny`, which comes with the package, `smollm2` (SmolLM2-135M-Instruct), `gemma3` (Gemma 3 270M); or the
             path of a Hugging Face directory or of a GGUF file.
+        **options: `dtype` (of the parameters), `compute_dtype`, `layers` ("stacked" or "unrolled"), `remat`, `mesh`,
+            `check_finite`: as in `interp_jax.models.hugging_face.load_hugging_face`.
 
     Returns:
         The model, ready to run.
@@ -34,10 +37,10 @@ def load(name: str | os.PathLike[str]) -> LanguageModel:
     """
     if name in _HOME:
         module, function = _HOME[str(name)]
-        return getattr(importlib.import_module(module), function)()
+        return getattr(importlib.import_module(module), function)(**options)
     if not os.path.exists(name):
         raise ValueError(
             f"There is no model {str(name)!r}; there are {', '.join(KNOWN_MODELS)}, and paths of Hugging Face "
             "directories (config.json, safetensors, tokenizer.json) and of .gguf files."
         )
-    return importlib.import_module("interp_jax.models.from_files").load_path(name)
+    return importlib.import_module("interp_jax.models.from_files").load_path(name, **options)

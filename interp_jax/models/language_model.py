@@ -4,9 +4,8 @@ Steering, dashboards, splices and benchmarks take a `LanguageModel` and ask noth
 pure function of `params`, so jit, grad and `interp_jax.iterate` apply to it directly; every site inside it bears the
 names that the whole project uses and an int layer (None for `embed`, `final_norm` and `logits`).
 
-Hazard: a `LanguageModel` is no pytree. Close over it, or pass `language_model.params` to a jitted function; passing
-    the object
-itself as an argument of a jitted function is an error.
+Hazard: a `LanguageModel` is no pytree. Close over it, or pass `language_model.params` to a jitted function; passing the
+object itself as an argument of a jitted function is an error.
 """
 
 import dataclasses
@@ -44,3 +43,32 @@ class LanguageModel:
     """`unembed(params, directions)`: the logits that directions in the residual stream promote. The final norm's scale
     is folded in; its division by the mean square is not done, so only logits of one direction compare with each
     other."""
+    more_stop_tokens: tuple[int, ...] = ()
+    """Ids at which generation stops, besides those of the tokenizer: the end of a turn, say."""
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The ids that stand for a prompt: its text, after the tokenizer's `bos_id` where the model expects one.
+
+        Args:
+            prompt: a text of at least one token.
+
+        Returns:
+            The ids.
+
+        Raises:
+            ValueError: when the prompt is empty.
+        """
+        ids = self.tokenizer.encode(prompt)
+        if not ids:
+            raise ValueError(
+                f"The prompt {prompt!r} has no token to continue from. "
+                "Give at least one, for example the end-of-text token as text."
+            )
+        bos_id = self.tokenizer.bos_id
+        return ids if bos_id is None else [bos_id, *ids]
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end a text: the tokenizer's `eos_id` and `end_of_text_id`, and `more_stop_tokens`."""
+        found = {self.tokenizer.eos_id, self.tokenizer.end_of_text_id, *self.more_stop_tokens}
+        return tuple(sorted(each for each in found if each is not None))

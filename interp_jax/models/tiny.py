@@ -15,8 +15,9 @@ import hashlib
 import importlib.resources
 import json
 from pathlib import Path
+from typing import Any
 
-from interp_jax.models import transformer
+from interp_jax.models import saved_model
 from interp_jax.models.from_files import as_language_model
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
@@ -24,14 +25,15 @@ from interp_jax.models.tokenizer import Tokenizer
 __all__ = ["checksums", "load_tiny"]
 
 
-def load_tiny(directory: str | Path | None = None) -> LanguageModel:
+def load_tiny(directory: str | Path | None = None, **options: Any) -> LanguageModel:
     """The tiny model, ready to run.
 
     Args:
         directory: Where its files lie, as `train_tiny` wrote them; those of the package when None.
+        **options: As in `saved_model.load`.
 
     Returns:
-        The model. Its parameters are a `Transformer`, in float32.
+        The model. Its parameters are a `Transformer`, in float32 unless asked otherwise.
 
     Raises:
         FileNotFoundError: A file is not there.
@@ -42,7 +44,7 @@ def load_tiny(directory: str | Path | None = None) -> LanguageModel:
             # as_file: a real path also where the package is read out of a zip.
             packaged = importlib.resources.files("interp_jax.models") / "tiny_wikipedia"
             directory = stack.enter_context(importlib.resources.as_file(packaged))
-        model = transformer.load(directory)
+        model = saved_model.load(directory, **options)
         tokenizer = Tokenizer.from_file(Path(directory) / "tokenizer.json")
         recorded = _recorded_checksums(Path(directory) / "training.json")
         for name, checksum in checksums(directory).items():

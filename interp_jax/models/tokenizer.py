@@ -17,13 +17,18 @@ Hazard: the text of a special token, such as `<|endoftext|>`, is encoded as that
 """
 
 import functools
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from interp_jax.models.safetensors_folder import read_json
+from interp_jax.whole_file import write_whole
 
 if TYPE_CHECKING:
     from interp_jax.models.gguf_file import GgufFile
@@ -109,8 +114,9 @@ class Tokenizer:
     def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Reads a `tokenizer.json`.
 
-        Such a file does not say which of its special tokens begin and end a text; they are known by their usual
-        names (`<|endoftext|>`, `</s>`, `<bos>` and the like), and are None where there is none of them.
+        A text begins with the token that the file itself puts first, if it does. It ends with the one that
+        `tokenizer_config.json` beside it names; where that is missing, both are known by their usual names
+        (`<|endoftext|>`, `</s>`, `<bos>` and the like), and are None where there is none of them.
 
         Args:
             path: the file.
@@ -131,11 +137,17 @@ class Tokenizer:
                 f"{os.fspath(path)} is not a tokenizer.json of the `tokenizers` library: {error}"
             ) from error
         special = {added.content: id_ for id_, added in backend.get_added_tokens_decoder().items() if added.special}
-        return cls(
-            backend,
-            bos_id=_first(special, _BEGIN_OF_TEXT_TOKENS),
-            eos_id=_first(special, _END_OF_TEXT_TOKENS),
-        )
+        bos_id, eos_id = _first(special, _BEGIN_OF_TEXT_TOKENS), _first(special, _END_OF_TEXT_TOKENS)
+        end_of_text_id = eos_id
+        config = Path(path).with_name("tokenizer_config.json")
+        if config.is_file():
+            fields = read_json(config)
+            eos_id = special.get(_content(fields.get("eos_token")), eos_id)
+            bos_id = special.get(_content(fields.get("bos_token"))) if fields.get("add_bos_token") else None
+        plain, framed = (backend.encode("a", add_special_tokens=add).ids for add in (False, True))
+        if framed != plain and framed[0] in special.values():
+            bos_id = framed[0]
+        return cls(backend, bos_id=bos_id, eos_id=eos_id, end_of_text_id=end_of_text_id)
 
     @classmethod
     def from_gguf(cls, gguf_file: "GgufFile") -> "Tokenizer":
@@ -196,6 +208,18 @@ class Tokenizer:
             eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
             end_of_text_id=_first(control, _END_OF_TEXT_TOKENS),
         )
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json` and, for the ids of this class, `tokenizer_config.json`, each whole or not at all.
+
+        Args:
+            directory: where; it is made if it is not there.
+        """
+        fields: dict[str, Any] = {"add_bos_token": self.bos_id is not None}
+        for name, id_ in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            fields[name] = None if id_ is None else self._backend.id_to_token(id_)
+        write_whole(Path(directory) / "tokenizer.json", self._backend.to_str())
+        write_whole(Path(directory) / "tokenizer_config.json", json.dumps(fields, indent=2) + "\n")
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special token is added.
@@ -260,6 +284,11 @@ class Tokenizer:
             if not 0 <= id_ < self.vocab_size:
                 raise ValueError(f"Token id {id_} is outside the vocabulary of {self.vocab_size}.")
         return checked
+
+
+def _content(token: Any) -> str:
+    """The text of a special token, as `tokenizer_config.json` writes it: alone or in a table."""
+    return str(token.get("content", "") if isinstance(token, dict) else token)
 
 
 def _first(ids: dict[str, int], names: tuple[str, ...]) -> int | None:

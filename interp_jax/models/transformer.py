@@ -1,7 +1,8 @@
 """The project's own decoder-only transformer, every site of the design in place.
 
 One class, driven by one frozen config (`transformer_config.py`), covers GPT-2, GPT-Neo, GPT-NeoX, Llama, Mistral, Qwen
-and Gemma. Weights from their authors come through `hugging_face.py` and `gguf_model.py`.
+and Gemma. Weights from their authors come through `hugging_face.py` and `gguf_model.py`, our own through
+`saved_model.py`.
 
 A `Transformer` is a `flax.nnx` module and thereby a pytree: pass it as the parameters of a pure function, and use
 plain `jax.jit`, `jax.grad` and optax on it. `apply` is that pure function.
@@ -36,32 +37,28 @@ give the same values and the same sites.
 Hazards:
 - `attn_logits` stands before the mask, so that its entries are finite and an edit cannot let a position see its
   future. An edit of the entries above the diagonal therefore does nothing.
-- A token id outside the vocabulary gives NaN logits for its row: under jit nothing can raise, and clamping the id
-  silently, as indexing in JAX does, would hide the fault.
+- A token id outside the vocabulary is an error outside jit. Under jit, where nothing can raise, it gives NaN logits for
+  its row: clamping the id silently, as indexing in JAX does, would hide the fault.
 - Norms, the softmax and rotary angles are computed in float32 whatever the dtype.
 - Padding: what stands at a position that is no token is finite and means nothing.
 """
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from interp_jax.instrument import in_layer, layer_scan, site
 from interp_jax.models.transformer_config import TransformerConfig as TransformerConfig
-from interp_jax.whole_file import write_whole
 
 _INIT_STD = 0.02  # GPT-2's, for every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
 
@@ -467,7 +464,7 @@ class Transformer(nnx.Module):
             Logits, in the dtype of the computation.
 
         Raises:
-            ValueError: The rows are longer than the context.
+            ValueError: The rows are longer than the context, or, outside jit, an id is no token.
         """
         return self._run(tokens, is_token, positions, None, last_only=False)[0]
 
@@ -502,6 +499,7 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"The model's context is {c.context} tokens and the rows have shape {tokens.shape}; cut them."
             )
+        _check_ids(tokens, c.vocab_size)
         if positions is None:
             counted = jnp.arange(seq)[None] if is_token is None else jnp.cumsum(is_token, axis=1) - 1
             positions = counted if cache is None else counted + cache.positions.max(axis=1, keepdims=True) + 1
@@ -586,6 +584,17 @@ class Transformer(nnx.Module):
         return self.W_embed[...].T if self.config.tied_embeddings else self.W_unembed[...]
 
 
+def _check_ids(tokens: Any, vocab_size: int) -> None:
+    """Refuses ids that are no tokens, where their values are known: not under jit."""
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    host = np.asarray(tokens)
+    wrong = np.argwhere((host < 0) | (host >= vocab_size))
+    if len(wrong):
+        at = tuple(map(int, wrong[0]))
+        raise ValueError(f"tokens{list(at)} is {host[at]}; the model's tokens are 0 to {vocab_size - 1}.")
+
+
 def apply(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab_size"]:
     """`model(tokens)` as a pure function of parameters and tokens, to give to `jax.jit`, `jax.grad` or `ij.iterate`."""
     return model(tokens)
@@ -667,92 +676,6 @@ def _normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike, n_layer
     return std * jax.random.normal(key, shape, jnp.dtype(dtype))
 
 
-# Files: a directory with config.json and model.safetensors. Layers lie in it one by one, however memory holds them.
-
-
-def save(model: Transformer, directory: str | Path, *, dtype: DTypeLike | None = None) -> None:
-    """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
-
-    Args:
-        model: What to write.
-        directory: Where; made if it is not there.
-        dtype: Dtype of the stored tensors; the parameters' own when None.
-
-    Raises:
-        ValueError: `dtype` is too narrow for a parameter, which would be stored as infinite.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, value in named_parameters(unrolled(model)).items():
-        host = np.asarray(value)
-        with np.errstate(over="ignore"):  # told below, with the parameter's name
-            stored = host.astype(host.dtype if dtype is None else jnp.dtype(dtype))
-        if not np.array_equal(np.isfinite(stored.astype(np.float32)), np.isfinite(host.astype(np.float32))):
-            raise ValueError(f"{name} does not fit into {stored.dtype}; store it in a wider dtype.")
-        tensors[name] = stored
-    config = json.dumps(model.config.as_json(), indent=2) + "\n"
-    # The config rides in the weights' header too, so that a config.json of another model beside it is noticed even
-    # where every shape happens to agree (an interrupted save over an older model).
-    write_whole(directory / "model.safetensors", safetensors.numpy.save(tensors, metadata={"config": config}))
-    write_whole(directory / "config.json", config.encode())
-
-
-def load(
-    directory: str | Path, *, dtype: DTypeLike = jnp.float32, layers: Literal["stacked", "unrolled"] = "stacked"
-) -> Transformer:
-    """Reads a model that `save` wrote.
-
-    Args:
-        directory: Holds `config.json` and `model.safetensors`.
-        dtype: Dtype of the parameters in memory.
-        layers: As in `Transformer`.
-
-    Returns:
-        The model, on the default device.
-
-    Raises:
-        FileNotFoundError: A file of the two is not there.
-        ValueError: A file is cut short or damaged, the two are not of one save, a field of the config is unknown or
-            missing, or a tensor is missing, unknown or of a wrong shape; the message lists which.
-    """
-    directory = Path(directory)
-    config_path, weights_path = directory / "config.json", directory / "model.safetensors"
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is not there; a saved model is a directory with config.json and model.safetensors."
-            )
-    config = _read_config(config_path, config_path.read_text())
-    try:
-        with safetensors.safe_open(weights_path, framework="numpy") as file:
-            stored = {name: cast(np.ndarray, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{weights_path} is cut short or damaged ({error}); write or fetch it again.") from error
-    if "config" not in metadata or _read_config(weights_path, metadata["config"]) != config:
-        raise ValueError(
-            f"{config_path} is not the config that {weights_path.name} was saved with, "
-            f"{metadata.get('config', 'which holds none')}; save the model again."
-        )
-
-    # eval_shape: the structure alone, no random numbers drawn.
-    skeleton = jax.eval_shape(lambda: Transformer(config, jax.random.key(0), layers="unrolled"))
-    wanted = named_parameters(skeleton)
-    faults = [f"missing {name}{list(wanted[name].shape)}" for name in wanted if name not in stored]
-    faults += [f"unknown {name}{list(stored[name].shape)}" for name in stored if name not in wanted]
-    faults += [
-        f"{name} is {list(stored[name].shape)} and must be {list(wanted[name].shape)}"
-        for name in wanted
-        if name in stored and stored[name].shape != wanted[name].shape
-    ]
-    if faults:
-        raise ValueError(f"{weights_path} does not fit its config: {'; '.join(faults)}.")
-    leaves = [jnp.asarray(stored[name], dtype) for name in wanted]
-    model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
-    return stacked(model) if layers == "stacked" else model
-
-
 def named_parameters(model: Transformer) -> dict[str, Any]:
     """Every leaf under its parameter's dotted name, in the order of `jax.tree.leaves(model)`.
 
@@ -763,24 +686,14 @@ def named_parameters(model: Transformer) -> dict[str, Any]:
     return {".".join(_plain(entry) for entry in path if _plain(entry) != "value"): leaf for path, leaf in paths}
 
 
+def parameter_names(config: TransformerConfig) -> list[str]:
+    """The names of a model's parameters where its layers are unrolled, as files have them."""
+    return list(named_parameters(jax.eval_shape(lambda: Transformer(config, jax.random.key(0), layers="unrolled"))))
+
+
 def _plain(entry: Any) -> str:
     """One step of a key path as a bare word: an attribute's or key's name, or an index."""
     for attribute in ("name", "key", "idx"):
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))
     raise TypeError(f"Unknown key path entry {entry!r}.")
-
-
-def _read_config(path: Path, text: str) -> TransformerConfig:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}); write or fetch it again.") from error
-    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(TransformerConfig)}
-    given = set(fields) if isinstance(fields, dict) else set()
-    missing = {name for name, is_needed in known.items() if is_needed} - given
-    if missing or given - known.keys():
-        raise ValueError(
-            f"{path} is not a TransformerConfig: missing {sorted(missing)}, unknown {sorted(given - known.keys())}."
-        )
-    return TransformerConfig.from_json(fields)

@@ -229,8 +229,9 @@ class TransformerConfig:
         Returns:
             A factor, 1 unless the rotary scaling has one.
         """
-        is_unscaled = self.rotary_scaling is None or (local and self.rotary_base_local is not None)
-        return 1.0 if is_unscaled else self.rotary_scaling.attention_factor
+        if self.rotary_scaling is None or (local and self.rotary_base_local is not None):
+            return 1.0
+        return self.rotary_scaling.attention_factor
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "TransformerConfig":
@@ -239,8 +240,9 @@ class TransformerConfig:
         if fields.get("local_layers") is not None:
             fields["local_layers"] = tuple(fields["local_layers"])
         if fields.get("rotary_scaling") is not None:
-            scaling = dict(fields["rotary_scaling"])
-            fields["rotary_scaling"] = RotaryScaling(**scaling | {"divisors": tuple(scaling.get("divisors", ()))})
+            scaling: dict[str, Any] = dict(fields["rotary_scaling"])
+            scaling["divisors"] = tuple(scaling.get("divisors", ()))
+            fields["rotary_scaling"] = RotaryScaling(**scaling)
         return TransformerConfig(**fields)
 
     def as_json(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jaxtyping import DTypeLike
 from interp_jax.models.transformer import Transformer, named_parameters, partition_specs
 from interp_jax.models.transformer_config import TransformerConfig
 
-__all__ = ["Layout", "TensorSource", "assemble"]
+__all__ = ["LAYER", "Layout", "TensorSource", "assemble"]
 
 LAYER = "{i}"
 """Stands for the number of the layer in the names of a layout, ours and theirs."""

@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
 
-__all__ = ["BUCKET", "Decoded", "PositionedIntervention", "decode", "encode_prompt", "stop_ids"]
+__all__ = ["BUCKET", "Decoded", "PositionedIntervention", "decode"]
 
 BUCKET = 16
 """Buffers are a multiple of this many tokens long, unless the model's context is shorter."""
@@ -50,35 +50,6 @@ class Decoded(NamedTuple):
     """How many tokens each row has after its prompt, a stop token included."""
     is_finite: Bool[Array, "batch"]
     """Whether all logits that a token was picked from were finite."""
-
-
-def encode_prompt(language_model: LanguageModel, prompt: str) -> list[int]:
-    """The ids that stand for a prompt: its text, after the tokenizer's `bos_id` where the model expects one.
-
-    Args:
-        language_model: whose tokenizer is used.
-        prompt: a text of at least one token.
-
-    Returns:
-        The ids.
-
-    Raises:
-        ValueError: when the prompt is empty.
-    """
-    ids = language_model.tokenizer.encode(prompt)
-    if not ids:
-        raise ValueError(
-            f"The prompt {prompt!r} has no token to continue from. "
-            "Give at least one, for example the end-of-text token as text."
-        )
-    bos_id = language_model.tokenizer.bos_id
-    return ids if bos_id is None else [bos_id, *ids]
-
-
-def stop_ids(language_model: LanguageModel) -> tuple[int, ...]:
-    """The ids that end a text: the tokenizer's `eos_id` and `end_of_text_id`, where it has them."""
-    tokenizer = language_model.tokenizer
-    return tuple(sorted({i for i in (tokenizer.eos_id, tokenizer.end_of_text_id) if i is not None}))
 
 
 def decode(
@@ -133,7 +104,7 @@ def decode(
         intervention,
         sites,
         layers,
-        stop_ids(language_model),
+        language_model.stop_tokens,
         language_model.params,
         jnp.asarray(buffer),
         jnp.asarray(lengths),
@@ -148,7 +119,7 @@ def decode(
             f"{language_model.name} gave logits that are not finite in row {int(np.argmin(is_finite))} of {len(rows)}: "
             "the edit is too large for its number format. Use a smaller coefficient."
         )
-    stops = stop_ids(language_model)
+    stops = language_model.stop_tokens
     generated = [row[n : n + m].tolist() for row, n, m in zip(rows, lengths, n_generated, strict=True)]
     return [ids[:-1] if ids[-1] in stops else ids for ids in generated]
 

@@ -20,7 +20,7 @@ import jax
 
 from interp_jax.instrument import Activation
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.steering.decoding import decode, encode_prompt
+from interp_jax.steering.decoding import decode
 
 __all__ = ["Intervention", "generate"]
 
@@ -60,7 +60,7 @@ def generate(
     keys = None if key is None else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jax.numpy.arange(len(prompts)))
     continuations = decode(
         language_model,
-        [encode_prompt(language_model, prompt) for prompt in prompts],
+        [language_model.encode_prompt(prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         keys=keys,

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from interp_jax.instrument import Activation
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.steering.decoding import decode, encode_prompt
+from interp_jax.steering.decoding import decode
 from interp_jax.steering.steering_vector import SteeringVector
 
 __all__ = ["Continuation", "Positions", "steer"]
@@ -127,7 +127,7 @@ def steer(
     vector = np.asarray(direction)
     if vector.ndim != 1 or not np.isfinite(vector).all():
         raise ValueError(f"The direction must be one vector of finite numbers, got shape {vector.shape} or NaN in it.")
-    prompt_ids = encode_prompt(language_model, prompt)
+    prompt_ids = language_model.encode_prompt(prompt)
     # The same key in every row: see the module's docstring. It is the one that `generate` gives its first prompt.
     keys = None if key is None else jnp.stack([jax.random.fold_in(key, 0)] * len(coefficients))
     continuations = decode(

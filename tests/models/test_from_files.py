@@ -1,5 +1,9 @@
 """Models by path, as a person gives it."""
 
+import dataclasses
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +12,8 @@ from test_gguf_model import write_gguf
 from test_hugging_face import CASES, TOKENS, write_directory
 
 import interp_jax as ij
+from interp_jax.models.folding import fold_norms
+from interp_jax.models.from_files import save_language_model
 
 pytestmark = pytest.mark.caches  # The leak checker would trace every small operation anew.
 
@@ -35,6 +41,39 @@ def test_a_directory(tmp_path):
     scale = np.asarray(model.params.final_norm.scale[...])
     expected = (direction * scale) @ np.asarray(model.params.W_unembed[...])
     np.testing.assert_allclose(model.unembed(model.params, direction), expected, rtol=1e-5)
+
+
+def test_options_reach_the_model(tmp_path):
+    folder = write_directory(tmp_path, "llama")
+    add_tokenizer(folder, 60)
+    for name in (folder, "tiny"):
+        params = ij.load(name, dtype=jnp.bfloat16, compute_dtype=jnp.float32, layers="unrolled", remat=True).params
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+        assert (params.compute_dtype, params.is_stacked, params.remat) == (jnp.float32, False, True)
+
+
+def test_where_a_text_ends_by_the_model_s_own_files(tmp_path):
+    folder = write_directory(tmp_path, "llama", eos_token_id=3)
+    add_tokenizer(folder, 60)
+    assert ij.load(folder).stop_tokens == (3,)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 3, 99]}))
+    assert ij.load(folder).stop_tokens == (3, 5)  # there is no token 99
+
+
+def test_a_model_that_was_changed_here_is_loaded_by_path(tmp_path):
+    tiny = ij.load("tiny")
+    folded = dataclasses.replace(tiny, params=fold_norms(tiny.params), more_stop_tokens=(9,))
+    save_language_model(folded, tmp_path / "folded")
+    again = ij.load(tmp_path / "folded")
+    assert (again.name, again.stop_tokens) == ("folded", folded.stop_tokens)
+    tokens = jnp.asarray([tiny.tokenizer.encode("The city is one of the largest")])
+    np.testing.assert_array_equal(again.forward(again.params, tokens), folded.forward(folded.params, tokens))
+    assert again.tokenizer.encode("In 1914, the war") == tiny.tokenizer.encode("In 1914, the war")
+
+
+def test_another_library_s_model_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="tiny-wikipedia runs on another library's code"):
+        save_language_model(dataclasses.replace(ij.load("tiny"), params={}), tmp_path)
 
 
 def test_a_tokenizer_of_another_model(tmp_path):

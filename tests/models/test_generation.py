@@ -1,5 +1,7 @@
 """Generation against passes over the whole text, one token at a time, without cache or padding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from test_hugging_face import CASES, write_directory
 import interp_jax as ij
 from interp_jax.models.hugging_face import load_hugging_face
 from interp_jax.models.tiny import load_tiny
+from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import apply
 
 pytestmark = pytest.mark.caches  # The leak checker would trace every small operation anew.
@@ -186,6 +189,64 @@ def test_a_language_model_by_name():
     prompt = tiny.tokenizer.encode("The city is one of the largest")
     (row,) = ij.generate(tiny, [prompt], max_new_tokens=12).rows()
     assert row == whole_text(jax.jit(apply), tiny.params, prompt, 12)
+
+
+def test_prompts_as_text():
+    tiny = load_tiny()
+    texts = ["The city is one of the largest", "In 1914"]
+    by_text = ij.generate(tiny, texts, max_new_tokens=12, stop_tokens=())
+    by_ids = ij.generate(tiny, [tiny.tokenizer.encode(text) for text in texts], max_new_tokens=12, stop_tokens=())
+    assert by_text.rows() == by_ids.rows()
+    assert by_text.texts() == [tiny.tokenizer.decode(row) for row in by_ids.rows()]
+    assert ij.generate(tiny, texts[0], max_new_tokens=12, stop_tokens=()).texts() == by_text.texts()[:1]
+
+
+def test_texts_begin_with_bos_where_the_model_expects_it_and_end_at_its_stop_tokens():
+    tiny = load_tiny()
+    prompt = "The city is one of the largest"
+    free = ij.generate(tiny, [[7, *tiny.tokenizer.encode(prompt)]], max_new_tokens=8, stop_tokens=()).rows()[0]
+    begun = Tokenizer(tiny.tokenizer._backend, bos_id=7, eos_id=free[5])
+    model = dataclasses.replace(tiny, tokenizer=begun, more_stop_tokens=(free[3],))
+    generated = ij.generate(model, prompt, max_new_tokens=8)
+    first = min(free.index(free[5]), free.index(free[3]))
+    assert generated.rows() == [free[: first + 1]]
+    assert generated.texts() == [tiny.tokenizer.decode(free[:first])]
+    for _ in (running := ij.iterate_generation(model, prompt, max_new_tokens=8, sites="embed")):
+        pass
+    assert running.retval.texts() == generated.texts()
+
+
+def push(direction, strength, activation):
+    if (activation.layer, activation.name) == (1, "resid_post"):
+        return activation.value + strength * direction
+    return None
+
+
+def test_a_partial_varies_without_another_trace(llama):
+    traced = []
+
+    def counted(direction, strength, activation):
+        traced.append(activation.name)
+        return push(direction, strength, activation)
+
+    def generated(strength):
+        partial = jax.tree_util.Partial(counted, jnp.asarray(SHIFT), strength)
+        return ij.generate(llama, PROMPTS, max_new_tokens=NEW, interventions=partial).rows()
+
+    whole = ij.generate(llama, PROMPTS, max_new_tokens=NEW, interventions=shift).rows()
+    assert generated(1.0) == whole
+    once = len(traced)
+    assert generated(0.0) == ij.generate(llama, PROMPTS, max_new_tokens=NEW).rows() != whole
+    assert len(traced) == once
+
+
+def test_texts_need_a_tokenizer(llama):
+    with pytest.raises(ValueError, match="A Transformer has no tokenizer for texts; give generate the LanguageModel"):
+        ij.generate(llama, "The city", max_new_tokens=2)
+    with pytest.raises(ValueError, match="A Transformer has no tokenizer; give generate the LanguageModel"):
+        ij.generate(llama, PROMPTS, max_new_tokens=2).texts()
+    with pytest.raises(ValueError, match="The prompt '' has no token to continue from"):
+        ij.generate(load_tiny(), ["The city", ""], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ CASES = pytorch_reference.read()
 TOKENS = jnp.asarray(pytorch_reference.TOKENS)
 
 ARCHITECTURES = {
-    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
+    "llama": "llama", "llama_3": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
     "gemma2": "gemma2", "gemma3_text": "gemma3", "gpt2": "gpt2", "gpt_neox": "gptneox",
 }  # fmt: skip
 
@@ -65,6 +65,20 @@ def converted(name, tensor, case, config):
     return name, tensor
 
 
+def llama_3_divisors(config):
+    """What llama.cpp's converter writes for Llama 3.1: short waves stay, long ones are stretched, others in between."""
+    scaling, n = config["rope_scaling"], config["head_dim"]
+    divisors = []
+    for i in range(0, n, 2):
+        wave = 2 * np.pi * config["rope_theta"] ** (i / n)
+        turns = scaling["original_max_position_embeddings"] / wave
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        share = min(max((turns - low) / (high - low), 0), 1)
+        divisors.append(1 / (share + (1 - share) / scaling["factor"]))
+    assert len(set(divisors)) > 1
+    return np.asarray(divisors, np.float32)
+
+
 def write_gguf(path, case):
     config, name = CASES[case]["config"], ARCHITECTURES[case]
     get = config.get
@@ -93,6 +107,8 @@ def write_gguf(path, case):
     if name == "gemma3":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(2.0)
+    if case == "llama_3":
+        writer.add_tensor("rope_freqs.weight", llama_3_divisors(config))
     for tensor_name, tensor in pytorch_reference.random_tensors(CASES[case]["shapes"], case).items():
         written, values = converted(tensor_name, tensor, case, config)
         writer.add_tensor(written, np.ascontiguousarray(values, np.float32))
@@ -156,6 +172,32 @@ def test_quantised_tensors(tmp_path):
     np.testing.assert_allclose(model.W_embed[...], drawn["token_embd.weight"], atol=0.02)
     np.testing.assert_allclose(model.blocks[0].mlp.W_out[...], drawn["blk.0.ffn_down.weight"].T, atol=0.02)
     assert model.config.qkv_bias
+
+
+def metadata_only(path, **more):
+    writer = gguf.GGUFWriter(path, "qwen2")
+    for key in ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
+        writer.add_uint32(f"qwen2.{key}", 64)
+    writer.add_layer_norm_rms_eps(1e-6)
+    for key, value in more.items():
+        {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)](
+            f"qwen2.rope.scaling.{key}", value
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GgufCheckpoint(path)
+
+
+def test_rotary_scaling_by_metadata(tmp_path):
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
+    assert metadata_only(tmp_path / "a.gguf", **yarn).fields["rope_scaling"] == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    assert metadata_only(tmp_path / "b.gguf", type="none").fields["rope_scaling"] is None
+    with pytest.raises(ValueError, match=r"by 'longrope'; supported in GGUF are 'linear' and 'yarn'"):
+        _ = metadata_only(tmp_path / "c.gguf", type="longrope", factor=2.0).fields
 
 
 def test_an_unknown_architecture(tmp_path):

@@ -16,7 +16,7 @@ import pytorch_reference
 import safetensors.numpy
 
 import interp_jax as ij
-from interp_jax.models import transformer
+from interp_jax.models import saved_model, transformer
 from interp_jax.models.hugging_face import FAMILIES, config_from_hugging_face, load_hugging_face
 from interp_jax.models.transformer import apply
 
@@ -180,8 +180,8 @@ def test_a_tied_head_that_is_stored_too_is_left_alone(tmp_path):
 
 def test_loading_what_was_loaded_and_saved(tmp_path, case, directory):
     model = load_hugging_face(directory)
-    transformer.save(model, tmp_path)
-    again = transformer.load(tmp_path)
+    saved_model.save(model, tmp_path)
+    again = saved_model.load(tmp_path)
     assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, again, model)
 

@@ -1,6 +1,7 @@
 """Tokenizers from both sources, against a byte-pair encoder written out by hand."""
 
 import itertools
+import json
 import pathlib
 
 import gguf
@@ -253,6 +254,39 @@ def test_a_file_round_trip_gives_the_same_ids(small, tmp_path):
     assert again.encode("x ab 12<|endoftext|>") == small.encode("x ab 12<|endoftext|>")
     assert (again.bos_id, again.eos_id, again.end_of_text_id) == (None, 0, 0)
     assert again.vocab_size == small.vocab_size
+
+
+def words(path, *, frame=None, config=None):
+    """A tokenizer.json with three special tokens, and a tokenizer_config.json."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<s>": 1, "</s>": 2, "<turn>": 3}))
+    backend.add_special_tokens(["<s>", "</s>", "<turn>"])
+    if frame:
+        special = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(single=frame, special_tokens=special)
+    path.mkdir()
+    backend.save(str(path / "tokenizer.json"))
+    if config is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_file(path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "bos", "eos", "end_of_text"),
+    [
+        ({}, 1, 2, 2),
+        ({"frame": "<s> $A"}, 1, 2, 2),
+        ({"config": {"bos_token": "<s>", "eos_token": "<turn>"}}, None, 3, 2),
+        ({"config": {"bos_token": "<s>", "eos_token": {"content": "<turn>"}, "add_bos_token": True}}, 1, 3, 2),
+        ({"frame": "<s> $A </s>", "config": {"bos_token": None, "eos_token": None}}, 1, 2, 2),
+        ({"frame": "$A </s>", "config": {}}, None, 2, 2),
+    ],
+)
+def test_where_a_text_begins_and_ends(tmp_path, options, bos, eos, end_of_text):
+    tokenizer = words(tmp_path / "a", **options)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_of_text_id) == (bos, eos, end_of_text)
+    tokenizer.save(tmp_path / "b")
+    again = Tokenizer.from_file(tmp_path / "b" / "tokenizer.json")
+    assert (again.bos_id, again.eos_id, again.end_of_text_id) == (bos, eos, end_of_text)
 
 
 def test_sentence_pieces_are_read_with_plain_spaces(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.steering import generate
-from interp_jax.steering.decoding import decode, stop_ids
+from interp_jax.steering.decoding import decode
 
 PROMPTS = ["a", "The river was", "water at the mill"]
 
@@ -42,7 +42,7 @@ def test_a_row_ends_at_its_stop_token_and_others_go_on(language_model, greedy):
     plain = [greedy(language_model, encode(prompt), 12) for prompt in PROMPTS]
     stop = plain[0][4]
     stopping = with_tokenizer(language_model, eos_id=stop)
-    assert stop_ids(stopping) == (stop,)
+    assert stopping.stop_tokens == (stop,)
 
     def until_stop(ids):
         return ids[: ids.index(stop)] if stop in ids else ids
