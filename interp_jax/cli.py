@@ -79,6 +79,59 @@ def sites(model: Annotated[str, tyro.conf.Positional] = "tiny", *, layer: int | 
     print(table if layer is None else SiteTable(tuple(row for row in table if row.layer == layer)))
 
 
+@app.command(name="generate")
+def generate(
+    prompts: Annotated[list[str], tyro.conf.Positional],
+    *,
+    model: str = "smollm2",
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Continues prompts: all of them in one batch, each printed with its continuation.
+
+    Args:
+        prompts: One text or more.
+        model: `tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file.
+        max_new_tokens: How many tokens to generate at most.
+        temperature: 0 takes the likeliest token; above it, tokens are drawn.
+        top_k: Draw among this many likeliest tokens only.
+        top_p: Draw among the fewest likeliest tokens whose probabilities reach this only.
+        seed: Of the draws.
+    """
+    import jax
+
+    from interp_jax.models.generation import generate
+    from interp_jax.models.known import load
+    from interp_jax.progress import working
+
+    with working(f"Loading {model}"):
+        language_model = load(model)
+    with working("Compiling and generating"):
+        generation = generate(
+            language_model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            key=jax.random.key(seed),
+        )  # fmt: skip
+        texts = generation.texts()
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(prompt + text)
+
+
+@app.command(name="model")
+def model(name: Annotated[str, tyro.conf.Positional] = "tiny", *, check: bool = False) -> None:
+    """What a model is: its sizes, kinds and special tokens, from the headers of its files.
+
+    Args:
+        name: `tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file.
+        check: Read every tensor once as well, and tell which have wrong shapes, NaNs or infinities. Exits with 1 then.
+    """
+    from interp_jax import model_command
+
+    sys.exit(model_command.show(name, check=check))
+
+
 @app.command(name="patches")
 def patches(
     action: Annotated[Literal["list", "check", "show"], tyro.conf.Positional],

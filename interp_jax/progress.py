@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import rich.console
 import rich.progress
 
-__all__ = ["advancing"]
+__all__ = ["advancing", "working"]
 
 _console = rich.console.Console(stderr=True)
 
@@ -22,6 +22,25 @@ class _Rate(rich.progress.ProgressColumn):
     def render(self, task: rich.progress.Task) -> str:
         unit = task.fields["unit"]
         return f"{task.speed:,.0f} {unit}/s" if task.speed else f"- {unit}/s"
+
+
+@contextlib.contextmanager
+def working(description: str) -> Iterator[None]:
+    """Shows that something is being done whose end is not known: a compilation, say.
+
+    Args:
+        description: what is being done.
+
+    Yields:
+        Nothing.
+    """
+    if _console.is_terminal:
+        with _console.status(description):
+            yield
+        return
+    start = time.monotonic()
+    yield
+    _console.print(f"{description}: {time.monotonic() - start:.0f} s", soft_wrap=True)
 
 
 @contextlib.contextmanager

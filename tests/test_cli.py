@@ -3,7 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from interp_jax.models.from_files import save_language_model
+from interp_jax.models.generation import generate
+from interp_jax.models.tiny import load_tiny
 
 
 def run(*arguments, expect=0):
@@ -16,7 +21,7 @@ def run(*arguments, expect=0):
 
 def test_help_names_the_commands_and_imports_no_jax():
     text = run("--help").stdout
-    for command in ("demo", "data", "sites", "patches"):
+    for command in ("demo", "data", "sites", "generate", "model", "patches"):
         assert command in text
     code = "import sys; sys.argv = ['interp-jax', '--help']\nimport interp_jax.cli\nassert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -33,6 +38,32 @@ def test_a_layer_that_does_not_exist():
     error = run("sites", "tiny", "--layer", "9", expect=1).stderr
     assert error.startswith("ValueError: tiny has no layer 9; its layers are 0 to 3")
     assert len(error.splitlines()) == 1
+
+
+def test_generate_continues_each_prompt():
+    prompts = ["The city is one of the largest", "In 1914 the"]
+    result = run("generate", *prompts, "--model", "tiny", "--max-new-tokens", "6")
+    tiny = load_tiny()
+    texts = generate(tiny, prompts, max_new_tokens=6).texts()
+    expected = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    assert result.stdout == "\n".join(expected) + "\n"
+    assert "Loading tiny" in result.stderr
+    error = run("generate", "", "--model", "tiny", expect=1).stderr.splitlines()[-1]
+    assert error.startswith("ValueError: The prompt '' has no token to continue from")
+
+
+def test_model_tells_what_it_is_and_finds_nans(tmp_path):
+    text = run("model", "tiny", "--check").stdout
+    assert "1,066,112; 0.0043 GB in float32" in text
+    assert "<|endoftext|> (0)" in text
+    assert text.endswith("Every tensor is there, has its shape and is finite.\n")
+    tiny = load_tiny()
+    tiny.params.final_norm.scale[...] = tiny.params.final_norm.scale[...].at[3].set(np.nan)
+    save_language_model(tiny, tmp_path / "broken")
+    text = run("model", str(tmp_path / "broken"), "--check", expect=1).stdout
+    assert text.endswith("final_norm.scale holds 1 values that are not finite.\n")
+    (tmp_path / "broken" / "tokenizer.json").unlink()
+    assert "none that can be used" in run("model", str(tmp_path / "broken")).stdout
 
 
 def test_data_status_tells_of_each_file():

@@ -1,22 +1,33 @@
 """A `LanguageModel` from files: weights into this project's `Transformer`, and the tokenizer beside them."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from interp_jax import installed_data
-from interp_jax.models import saved_model, transformer
+from interp_jax.models import transformer
 from interp_jax.models.gguf_file import GgufFile
-from interp_jax.models.gguf_model import load_gguf
-from interp_jax.models.hugging_face import load_hugging_face
+from interp_jax.models.gguf_model import open_gguf
+from interp_jax.models.hugging_face import open_hugging_face
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.safetensors_folder import read_json
+from interp_jax.models.saved_model import is_saved_model, open_saved, save
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import Transformer
+from interp_jax.models.weights import LoadOptions, OpenedModel, assemble
 from interp_jax.whole_file import write_whole
 
-__all__ = ["as_language_model", "load_gemma3", "load_path", "load_smollm2", "save_language_model"]
+__all__ = [
+    "as_language_model",
+    "load_gemma3",
+    "load_path",
+    "load_smollm2",
+    "open_path",
+    "read_tokenizer",
+    "save_language_model",
+]
 
 
 def as_language_model(
@@ -56,12 +67,12 @@ def as_language_model(
     )
 
 
-def load_path(path: str | os.PathLike[str], **options: Any) -> LanguageModel:
+def load_path(path: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> LanguageModel:
     """A model from a directory, Hugging Face's or one of `save_language_model`, or from a GGUF file.
 
     Args:
         path: A directory with `config.json`, safetensors and `tokenizer.json`, or a file that ends in `.gguf`.
-        **options: As in `load_hugging_face`: `dtype`, `compute_dtype`, `layers`, `remat`, `mesh`, `check_finite`.
+        **options: See `LoadOptions`.
 
     Returns:
         The model, named as the directory or the file.
@@ -70,14 +81,52 @@ def load_path(path: str | os.PathLike[str], **options: Any) -> LanguageModel:
         FileNotFoundError: A file is not there.
         ValueError: A file is damaged, or is of a family that is not known.
     """
+    # The tokenizer first: it is quick, and its faults shall not come after minutes.
+    tokenizer, more_stop_tokens = read_tokenizer(path)
+    path = Path(path)
+    name = path.stem if path.suffix == ".gguf" else path.resolve().name
+    return as_language_model(assemble(open_path(path), **options), tokenizer, name, more_stop_tokens=more_stop_tokens)
+
+
+def open_path(path: str | os.PathLike[str]) -> OpenedModel:
+    """The weights of `load_path`, of which no tensor is read yet.
+
+    Args:
+        path: As in `load_path`; a tokenizer is not needed.
+
+    Returns:
+        The opened files.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ValueError: A file is damaged, or is of a family that is not known.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a directory, nor a file that ends in .gguf.")
+    return open_saved(path) if is_saved_model(path) else open_hugging_face(path)
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> tuple[Tokenizer, tuple[int, ...]]:
+    """The tokenizer of `load_path`, and what the model's other files say of where a text ends.
+
+    Args:
+        path: As in `load_path`.
+
+    Returns:
+        The tokenizer, and stop tokens besides its own.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ValueError: A file is damaged, or the tokenizer cannot be rebuilt.
+    """
     path = Path(path)
     if path.suffix == ".gguf":
         gguf_file = GgufFile(path)
-        # The tokenizer first: it is quick, and its faults shall not come after minutes.
-        tokenizer = Tokenizer.from_gguf(gguf_file)
         turn_end = gguf_file.metadata.get("tokenizer.ggml.eot_token_id")
-        more = () if turn_end is None else (int(turn_end),)
-        return as_language_model(load_gguf(gguf_file, **options), tokenizer, path.stem, more_stop_tokens=more)
+        return Tokenizer.from_gguf(gguf_file), () if turn_end is None else (int(turn_end),)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a directory, nor a file that ends in .gguf.")
     if not (path / "tokenizer.json").is_file():
@@ -86,10 +135,7 @@ def load_path(path: str | os.PathLike[str], **options: Any) -> LanguageModel:
             ".save_pretrained(...). interp_jax.models.hugging_face.load_hugging_face reads the weights alone."
         )
     tokenizer = Tokenizer.from_file(path / "tokenizer.json")
-    read = saved_model.load if saved_model.is_saved_model(path) else load_hugging_face
-    return as_language_model(
-        read(path, **options), tokenizer, path.resolve().name, more_stop_tokens=_stop_tokens(path, tokenizer)
-    )
+    return tokenizer, _stop_tokens(path, tokenizer)
 
 
 def save_language_model(model: LanguageModel, directory: str | os.PathLike[str], *, dtype: Any = None) -> None:
@@ -109,7 +155,7 @@ def save_language_model(model: LanguageModel, directory: str | os.PathLike[str],
     if model.more_stop_tokens:
         fields = json.dumps({"eos_token_id": list(model.stop_tokens)}) + "\n"
         write_whole(Path(directory) / "generation_config.json", fields)
-    saved_model.save(model.params, Path(directory), dtype=dtype)
+    save(model.params, Path(directory), dtype=dtype)
 
 
 def _stop_tokens(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -123,11 +169,11 @@ def _stop_tokens(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(each for each in found - known if isinstance(each, int) and 0 <= each < tokenizer.vocab_size))
 
 
-def load_smollm2(**options: Any) -> LanguageModel:
+def load_smollm2(**options: Unpack[LoadOptions]) -> LanguageModel:
     """SmolLM2-135M-Instruct, from its GGUF file. `flax_llama.load_smollm2` runs it on third-party code instead.
 
     Args:
-        **options: As in `load_hugging_face`.
+        **options: See `LoadOptions`.
 
     Returns:
         The model; 30 layers, d_model 576, vocabulary 49152.
@@ -135,17 +181,17 @@ def load_smollm2(**options: Any) -> LanguageModel:
     Raises:
         MissingDataError: The weights are not installed; names the command that gets them.
     """
-    gguf_file = GgufFile(installed_data.find("smollm2"))
-    return as_language_model(load_gguf(gguf_file, **options), Tokenizer.from_gguf(gguf_file), "SmolLM2-135M-Instruct")
+    model = load_path(installed_data.find("smollm2"), **options)
+    return dataclasses.replace(model, name="SmolLM2-135M-Instruct")
 
 
-def load_gemma3(**options: Any) -> LanguageModel:
+def load_gemma3(**options: Unpack[LoadOptions]) -> LanguageModel:
     """Gemma 3 270M (base), from its GGUF file; Gemma's own terms.
 
     Its first token must be the tokenizer's `bos_id`: without it the model is lost.
 
     Args:
-        **options: As in `load_hugging_face`.
+        **options: See `LoadOptions`.
 
     Returns:
         The model; 18 layers, d_model 640, vocabulary 262144.
@@ -153,5 +199,4 @@ def load_gemma3(**options: Any) -> LanguageModel:
     Raises:
         MissingDataError: The weights are not installed; names the command that gets them.
     """
-    gguf_file = GgufFile(installed_data.find("gemma3"))
-    return as_language_model(load_gguf(gguf_file, **options), Tokenizer.from_gguf(gguf_file), "gemma-3-270m")
+    return dataclasses.replace(load_path(installed_data.find("gemma3"), **options), name="gemma-3-270m")

@@ -15,18 +15,16 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import DTypeLike
 
 from interp_jax.models.gguf_file import GgufFile
-from interp_jax.models.hugging_face import load_tensors
+from interp_jax.models.hugging_face import opened_tensors
 from interp_jax.models.transformer import Transformer
+from interp_jax.models.weights import LoadOptions, OpenedModel, assemble
 
-__all__ = ["GgufCheckpoint", "load_gguf"]
+__all__ = ["GgufCheckpoint", "load_gguf", "open_gguf"]
 
 _LLAMA = {
     "token_embd": "model.embed_tokens",
@@ -250,26 +248,12 @@ _ARCHITECTURES = {
 }
 
 
-def load_gguf(
-    path: str | Path | GgufFile,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    compute_dtype: DTypeLike | None = None,
-    layers: Literal["stacked", "unrolled"] = "stacked",
-    remat: bool = False,
-    mesh: Mesh | None = None,
-    check_finite: bool = False,
-) -> Transformer:
+def load_gguf(path: str | Path | GgufFile, **options: Unpack[LoadOptions]) -> Transformer:
     """A model from a GGUF file, dequantised.
 
     Args:
         path: The file.
-        dtype: Of the parameters in memory.
-        compute_dtype: As in `Transformer`.
-        layers: As in `Transformer`.
-        remat: As in `Transformer`.
-        mesh: Lays the parameters over its axis `model`.
-        check_finite: Look for NaNs and infinities in every tensor.
+        **options: See `LoadOptions`.
 
     Returns:
         The model.
@@ -279,8 +263,21 @@ def load_gguf(
         ValueError: The file is damaged, its architecture is not known, or its tensors are not those of its metadata;
             missing and unknown ones are listed under Hugging Face's names.
     """
+    return assemble(open_gguf(path), **options)
+
+
+def open_gguf(path: str | Path | GgufFile) -> OpenedModel:
+    """The same without reading a tensor.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The opened file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or its architecture is not known.
+    """
     checkpoint = GgufCheckpoint(path)
-    return load_tensors(
-        checkpoint, checkpoint.fields, dtype=dtype, compute_dtype=compute_dtype, layers=layers, remat=remat, mesh=mesh,
-        check_finite=check_finite,
-    )  # fmt: skip
+    return opened_tensors(checkpoint, checkpoint.fields)

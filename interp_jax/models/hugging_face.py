@@ -9,19 +9,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import DTypeLike
 
 from interp_jax.models.safetensors_folder import SafetensorsFolder, read_json
 from interp_jax.models.transformer import Transformer
 from interp_jax.models.transformer_config import RotaryScaling, TransformerConfig
-from interp_jax.models.weights import Layout, TensorSource, assemble
+from interp_jax.models.weights import Layout, LoadOptions, OpenedModel, TensorSource, assemble
 
-__all__ = ["FAMILIES", "config_from_hugging_face", "load_hugging_face"]
+__all__ = ["FAMILIES", "config_from_hugging_face", "load_hugging_face", "open_hugging_face", "opened_tensors"]
 
 Fields = Mapping[str, Any]
 
@@ -439,26 +436,12 @@ def _full_name(name: str) -> str:
     return name
 
 
-def load_hugging_face(
-    directory: str | Path,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    compute_dtype: DTypeLike | None = None,
-    layers: Literal["stacked", "unrolled"] = "stacked",
-    remat: bool = False,
-    mesh: Mesh | None = None,
-    check_finite: bool = False,
-) -> Transformer:
+def load_hugging_face(directory: str | Path, **options: Unpack[LoadOptions]) -> Transformer:
     """A model from a directory as Hugging Face lays it out.
 
     Args:
         directory: Holds `config.json` and safetensors.
-        dtype: Of the parameters in memory.
-        compute_dtype: As in `Transformer`.
-        layers: As in `Transformer`.
-        remat: As in `Transformer`.
-        mesh: Lays the parameters over its axis `model`.
-        check_finite: Look for NaNs and infinities in every tensor.
+        **options: See `LoadOptions`.
 
     Returns:
         The model.
@@ -468,35 +451,46 @@ def load_hugging_face(
         ValueError: The family is unknown, the config asks for what is not supported, or the tensors are not those of
             the config; missing and unknown ones are listed.
     """
+    return assemble(open_hugging_face(directory), **options)
+
+
+def open_hugging_face(directory: str | Path) -> OpenedModel:
+    """The same without reading a tensor.
+
+    Args:
+        directory: Holds `config.json` and safetensors.
+
+    Returns:
+        The opened files.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ValueError: The family is unknown, or the config asks for what is not supported.
+    """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; a model is a directory with config.json and safetensors.")
     whole = read_json(path)
     config_from_hugging_face(whole)  # its faults first: looking through the tensors may take long
-    source = SafetensorsFolder(directory, full_name=_full_name)
-    return load_tensors(
-        source, whole, dtype=dtype, compute_dtype=compute_dtype, layers=layers, remat=remat, mesh=mesh,
-        check_finite=check_finite,
-    )  # fmt: skip
+    return opened_tensors(SafetensorsFolder(directory, full_name=_full_name), whole)
 
 
-def load_tensors(source: TensorSource, fields: Fields, **options: Any) -> Transformer:
-    """A model from tensors that are named and laid out as on Hugging Face, wherever they come from.
+def opened_tensors(source: TensorSource, fields: Fields) -> OpenedModel:
+    """Tensors that are named and laid out as on Hugging Face, wherever they come from.
 
     Args:
         source: The tensors.
         fields: The contents of a config.json.
-        **options: As in `load_hugging_face`.
 
     Returns:
-        The model.
+        The opened model.
 
     Raises:
-        ValueError: As for `load_hugging_face`.
+        ValueError: As for `open_hugging_face`.
     """
     text = _text_part(fields)
     config = config_from_hugging_face(text)
     ignored = _BUFFERS + ((r"^lm_head\.weight$", r"^embed_out\.weight$") if config.tied_embeddings else ())
     if text is not fields:
         ignored += (r"^vision_tower\.", r"^multi_modal_projector\.", r"^model\.(vision_tower|multi_modal_projector)\.")
-    return assemble(source, config, _family(text)[1](config), ignored=ignored, **options)
+    return OpenedModel(source, config, _family(text)[1](config), ignored)

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +19,10 @@ from jaxtyping import DTypeLike
 from interp_jax.models.safetensors_folder import SafetensorsFolder, read_json
 from interp_jax.models.transformer import Transformer, named_parameters, parameter_names, unrolled
 from interp_jax.models.transformer_config import TransformerConfig
-from interp_jax.models.weights import LAYER, Layout, assemble
+from interp_jax.models.weights import LAYER, Layout, LoadOptions, OpenedModel, assemble
 from interp_jax.whole_file import write_whole
 
-__all__ = ["is_saved_model", "load", "save"]
+__all__ = ["is_saved_model", "load", "open_saved", "save"]
 
 
 def save(model: Transformer, directory: str | Path, *, dtype: DTypeLike | None = None) -> None:
@@ -59,13 +59,12 @@ def is_saved_model(directory: str | Path) -> bool:
     return path.is_file() and "d_model" in read_json(path) and "model_type" not in read_json(path)
 
 
-def load(directory: str | Path, *, dtype: DTypeLike = jnp.float32, **options: Any) -> Transformer:
+def load(directory: str | Path, **options: Unpack[LoadOptions]) -> Transformer:
     """Reads a model that `save` wrote.
 
     Args:
         directory: Holds `config.json` and `model.safetensors`.
-        dtype: Dtype of the parameters in memory.
-        **options: As in `weights.assemble`: `compute_dtype`, `layers`, `remat`, `mesh`, `check_finite`.
+        **options: See `LoadOptions`.
 
     Returns:
         The model.
@@ -74,6 +73,23 @@ def load(directory: str | Path, *, dtype: DTypeLike = jnp.float32, **options: An
         FileNotFoundError: A file of the two is not there.
         ValueError: A file is cut short or damaged, the two are not of one save, a field of the config is unknown or
             missing, or a tensor is missing, unknown or of a wrong shape; the message lists which.
+    """
+    return assemble(open_saved(directory), **options)
+
+
+def open_saved(directory: str | Path) -> OpenedModel:
+    """The same without reading a tensor.
+
+    Args:
+        directory: Holds `config.json` and `model.safetensors`.
+
+    Returns:
+        The opened files.
+
+    Raises:
+        FileNotFoundError: A file of the two is not there.
+        ValueError: A file is cut short or damaged, the two are not of one save, or a field of the config is unknown or
+            missing.
     """
     config_path = Path(directory) / "config.json"
     if not config_path.is_file():
@@ -89,7 +105,7 @@ def load(directory: str | Path, *, dtype: DTypeLike = jnp.float32, **options: An
             "save the model again."
         )
     names = (re.sub(r"^blocks\.\d+\.", f"blocks.{LAYER}.", name) for name in parameter_names(config))
-    return assemble(source, config, {name: Layout(name) for name in names}, dtype=dtype, **options)
+    return OpenedModel(source, config, {name: Layout(name) for name in names})
 
 
 def _config(path: Path, fields: Mapping[str, Any]) -> TransformerConfig:

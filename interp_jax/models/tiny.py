@@ -15,22 +15,23 @@ import hashlib
 import importlib.resources
 import json
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from interp_jax.models import saved_model
 from interp_jax.models.from_files import as_language_model
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
+from interp_jax.models.weights import LoadOptions
 
 __all__ = ["checksums", "load_tiny"]
 
 
-def load_tiny(directory: str | Path | None = None, **options: Any) -> LanguageModel:
+def load_tiny(directory: str | Path | None = None, **options: Unpack[LoadOptions]) -> LanguageModel:
     """The tiny model, ready to run.
 
     Args:
         directory: Where its files lie, as `train_tiny` wrote them; those of the package when None.
-        **options: As in `saved_model.load`.
+        **options: See `LoadOptions`.
 
     Returns:
         The model. Its parameters are a `Transformer`, in float32 unless asked otherwise.

@@ -7,9 +7,10 @@ checks each shape, and puts each tensor onto the device, into its row of the sta
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, Unpack, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtyping import DTypeLike
 from interp_jax.models.transformer import Transformer, named_parameters, partition_specs
 from interp_jax.models.transformer_config import TransformerConfig
 
-__all__ = ["LAYER", "Layout", "TensorSource", "assemble"]
+__all__ = ["LAYER", "Layout", "LoadOptions", "OpenedModel", "TensorSource", "assemble", "faults"]
 
 LAYER = "{i}"
 """Stands for the number of the layer in the names of a layout, ours and theirs."""
@@ -55,82 +56,128 @@ class TensorSource(Protocol):
         ...
 
 
-def assemble(
-    source: TensorSource,
-    config: TransformerConfig,
-    layouts: Mapping[str, Layout],
-    *,
-    ignored: Sequence[str] = (),
-    dtype: DTypeLike = jnp.float32,
-    compute_dtype: DTypeLike | None = None,
-    layers: Literal["stacked", "unrolled"] = "stacked",
-    remat: bool = False,
-    mesh: Mesh | None = None,
-    check_finite: bool = False,
-) -> Transformer:
-    """Reads a model.
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model's files, opened: what it is and where each of its parameters lies. No tensor has been read."""
+
+    source: TensorSource
+    """The tensors."""
+    config: TransformerConfig
+    """What the model is."""
+    layouts: Mapping[str, Layout]
+    """For each of our parameters, `blocks.{i}.attn.W_q`, where it is."""
+    ignored: Sequence[str] = ()
+    """Regular expressions of tensors that are no weights."""
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a model is loaded."""
+
+    dtype: DTypeLike
+    """Of the parameters in memory; float32 unless given."""
+    compute_dtype: DTypeLike | None
+    """Of activations and logits; the parameters' unless given."""
+    layers: Literal["stacked", "unrolled"]
+    """As in `Transformer`; stacked unless given."""
+    remat: bool
+    """As in `Transformer`."""
+    mesh: Mesh | None
+    """Lays the parameters over its axis `model`, as `partition_specs` says; on the default device unless given."""
+    check_finite: bool
+    """Whether to look for NaNs and infinities in every tensor."""
+
+
+def assemble(opened: OpenedModel, **options: Unpack[LoadOptions]) -> Transformer:
+    """Reads a model, one tensor at a time, straight onto its devices.
 
     Args:
-        source: The tensors.
-        config: What the model is.
-        layouts: For each of our parameters, `blocks.{i}.attn.W_q`, where it is.
-        ignored: Regular expressions of tensors that are no weights.
-        dtype: Of the parameters in memory.
-        compute_dtype: As in `Transformer`.
-        layers: As in `Transformer`.
-        remat: As in `Transformer`.
-        mesh: Lays the parameters over its axis `model`, as `partition_specs` says; on the default device when None.
-        check_finite: Look for NaNs and infinities in every tensor.
+        opened: Its files.
+        **options: See `LoadOptions`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: Tensors are missing, unknown or of a wrong shape (all are listed), an axis of the mesh does not
+        ValueError: Tensors are missing or unknown (all are listed) or of a wrong shape, an axis of the mesh does not
             divide what it splits, or `check_finite` found something.
     """
+    config, dtype, mesh = opened.config, options.get("dtype", jnp.float32), options.get("mesh")
+    layers = options.get("layers", "stacked")
     if mesh is not None:
         # Axes that XLA partitions by itself. Those of `jax.make_mesh` are explicit: every gather would have to say how.
         mesh = Mesh(mesh.devices, mesh.axis_names)
-    options: dict[str, Any] = {"compute_dtype": compute_dtype, "remat": remat}
-
-    def skeleton(kind: Literal["stacked", "unrolled"]) -> Transformer:
-        return jax.eval_shape(lambda: Transformer(config, jax.random.key(0), dtype=dtype, layers=kind, **options))
-
-    wanted = {name: tuple(leaf.shape) for name, leaf in named_parameters(skeleton("unrolled")).items()}
-    places = {name: _place(name, layouts) for name in wanted}
-    _check_names(source, {name for name, _ in places.values()}, ignored)
-    shapes = skeleton(layers)
-    specs = partition_specs(shapes)
-    paths = named_parameters(shapes)
+    shapes = jax.eval_shape(
+        lambda: Transformer(
+            config, jax.random.key(0), dtype=dtype, layers=layers, compute_dtype=options.get("compute_dtype"),
+            remat=options.get("remat", False),
+        )
+    )  # fmt: skip
+    tensors = _Tensors(opened)
+    check_finite = options.get("check_finite", False)
+    put = functools.partial(_put, dtype=dtype, mesh=mesh)
+    specs = named_parameters(partition_specs(shapes)).values()
     leaves: list[Any] = []
-    for (name, leaf), spec in zip(paths.items(), named_parameters(specs).values(), strict=True):
-        put = functools.partial(_put, dtype=dtype, mesh=mesh)
+    for (name, leaf), spec in zip(named_parameters(shapes).items(), specs, strict=True):
         _check_divides(name, leaf.shape, spec, mesh)
-
-        def read(each: str) -> np.ndarray:
-            tensor_name, layout = places[each]
-            values = np.asarray(layout.read(source.tensor(tensor_name)))
-            if values.shape != wanted[each]:
-                raise ValueError(
-                    f"{source.path}: {tensor_name} gives {each} the shape {list(values.shape)}, and the config makes "
-                    f"it {list(wanted[each])}."
-                )
-            if check_finite and not np.isfinite(values.astype(np.float32)).all():
-                bad = int((~np.isfinite(values.astype(np.float32))).sum())
-                raise ValueError(f"{source.path}: {tensor_name} holds {bad} values that are not finite.")
-            return values
-
         if layers == "stacked" and name.startswith("blocks."):
             sharding = None if mesh is None else NamedSharding(mesh, spec)
             stack = jnp.zeros(leaf.shape, dtype, device=sharding)
             for number in range(config.n_layers):
-                row = read(name.replace("blocks.", f"blocks.{number}.", 1))
+                row = tensors.read(name.replace("blocks.", f"blocks.{number}.", 1), check_finite=check_finite)
                 stack = _with_row(stack, put(row, PartitionSpec(*spec[1:])), number)
             leaves.append(stack)
         else:
-            leaves.append(put(read(name), spec))
+            leaves.append(put(tensors.read(name, check_finite=check_finite), spec))
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def faults(opened: OpenedModel, advance: Callable[[int], None] = lambda count: None) -> list[str]:
+    """What is wrong with a model's tensors: each is read once and dropped, so that any model can be looked through.
+
+    Args:
+        opened: Its files.
+        advance: Called with the number of parameters that were read.
+
+    Returns:
+        A sentence for each tensor that has a wrong shape or values that are not finite.
+
+    Raises:
+        ValueError: Tensors are missing or unknown; all are listed.
+    """
+    tensors, found = _Tensors(opened), []
+    for name, shape in tensors.shapes.items():
+        try:
+            tensors.read(name, check_finite=True)
+        except ValueError as error:
+            found.append(str(error))
+        advance(math.prod(shape))
+    return found
+
+
+class _Tensors:
+    """What our parameters are read from, by their names where layers are unrolled."""
+
+    def __init__(self, opened: OpenedModel):
+        """Makes sure that the file holds exactly what is wanted."""
+        shapes = jax.eval_shape(lambda: Transformer(opened.config, jax.random.key(0), layers="unrolled"))
+        self.source = opened.source
+        self.shapes: dict[str, tuple[int, ...]] = {n: tuple(leaf.shape) for n, leaf in named_parameters(shapes).items()}
+        self.places = {name: _place(name, opened.layouts) for name in self.shapes}
+        _check_names(opened.source, {name for name, _ in self.places.values()}, opened.ignored)
+
+    def read(self, name: str, *, check_finite: bool) -> np.ndarray:
+        """One of our parameters, in the dtype that it is stored in."""
+        tensor_name, layout = self.places[name]
+        values = np.asarray(layout.read(self.source.tensor(tensor_name)))
+        if values.shape != self.shapes[name]:
+            raise ValueError(
+                f"{self.source.path}: {tensor_name} gives {name} the shape {list(values.shape)}, and the config makes "
+                f"it {list(self.shapes[name])}."
+            )
+        if check_finite and not (is_finite := np.isfinite(values.astype(np.float32))).all():
+            bad = int((~is_finite).sum())
+            raise ValueError(f"{self.source.path}: {tensor_name} holds {bad} values that are not finite.")
+        return values
 
 
 @functools.partial(jax.jit, donate_argnums=0)
