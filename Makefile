@@ -65,8 +65,9 @@ bench: $(VENV)/.dev ## benchmarks, each beside its peer
 bench-models: $(VENV)-peers/.done ## our transformer beside PyTorch's and Flax's
 	$(VENV)-peers/bin/python -W ignore -m benchmarks.models
 
-bench-tpu: $(VENV)-tpu/.done ## the layer scan compiled ahead of time for TPUs; needs none
+bench-tpu: $(VENV)-tpu/.done ## compiled ahead of time for TPUs: the layer scan, and whether large models fit; needs none
 	$(VENV)-tpu/bin/python -m benchmarks.instrument.tpu
+	$(VENV)-tpu/bin/python -W ignore -m benchmarks.models.large
 
 constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
 	$(UV) pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --upgrade \

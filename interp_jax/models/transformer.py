@@ -216,12 +216,13 @@ def _turn(x: Float[Array, "batch seq heads d_head"], rotary: _Rotary) -> Float[A
     return jnp.concatenate([*(each.astype(x.dtype) for each in turned), rest], axis=-1)
 
 
-def _times(x: Float[Array, "*rows d_in"], weight: Float[Array, "d_in d_out"]) -> Float[Array, "*rows d_out"]:
-    """`x @ weight`, in the dtype of `x`."""
+def _times(x: Array, weight: Array, axes: int = 1) -> Array:
+    """The last axes of `x[*rows, *inputs]` times the first of `weight[*inputs, *outputs]`, in the dtype of `x`."""
     weight = weight.astype(x.dtype)
-    if math.prod(x.shape[:-1]) > 1 or x.shape[-1] % 2:
-        return x @ weight
-    return _row_times(x.reshape(-1), weight).reshape(*x.shape[:-1], -1)
+    rows, inputs, outputs = x.shape[:-axes], x.shape[-axes:], weight.shape[axes:]
+    if math.prod(rows) > 1 or math.prod(inputs) % 2:
+        return jnp.tensordot(x, weight, axes)
+    return _row_times(x.reshape(-1), weight.reshape(math.prod(inputs), -1)).reshape(*rows, *outputs)
 
 
 @functools.partial(jax.jit, inline=True)  # One function for every eager call, or each would compile its branches anew.
@@ -298,9 +299,9 @@ class Attention(nnx.Module):
             cache = k_cache, v_cache
 
         # Heads as (group, member): a group shares one key-value head, which is thus never copied out.
-        grouped = q.swapaxes(1, 2).reshape(batch, c.n_kv_heads, -1, seq, c.d_head)
+        grouped = q.reshape(batch, seq, c.n_kv_heads, -1, c.d_head)
         scale = c.scale / (number + 1) if c.attn_scale_falls else c.scale
-        logits = jnp.einsum("bgmqd,bgkd->bgmqk", grouped, k) * jnp.asarray(scale, x.dtype)
+        logits = jnp.einsum("bqgmd,bgkd->bgmqk", grouped, k) * jnp.asarray(scale, x.dtype)
         logits = _soft_capped(logits, c.attn_soft_cap)
         logits = site(logits.reshape(batch, c.n_heads, seq, -1), "attn_logits")
         # Not -inf: a position that is padding sees nothing, and its row shall be finite.
@@ -309,12 +310,11 @@ class Attention(nnx.Module):
 
         heads = jnp.einsum("bgmqk,bgkd->bgmqd", probs.reshape(batch, c.n_kv_heads, -1, *probs.shape[2:]), v)
         heads = site(heads.reshape(batch, c.n_heads, seq, c.d_head).swapaxes(1, 2), "attn_heads")
-        out = _times(heads.reshape(batch, seq, -1), self.W_o[...].reshape(-1, c.d_model))
+        out = _times(heads, self.W_o[...], axes=2)
         return out + self.b_o[...].astype(x.dtype) if c.attn_out_bias else out, cache
 
     def _projected(self, x: Array, which: str) -> Array:
-        weight = getattr(self, f"W_{which}")[...]
-        projected = _times(x, weight.reshape(x.shape[-1], -1)).reshape(*x.shape[:2], *weight.shape[1:])
+        projected = _times(x, getattr(self, f"W_{which}")[...])
         return projected + getattr(self, f"b_{which}")[...].astype(x.dtype) if self.config.qkv_bias else projected
 
 

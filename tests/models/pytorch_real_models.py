@@ -16,7 +16,7 @@ PATH = pathlib.Path(__file__).with_suffix(".npz")
 TEXTS = (
     "The old lighthouse stood at the end of the pier, and every evening since 1889 its keeper would climb "
     "the stairs to",
-    "Once upon a time there was a",
+    "There was once a king who",
     "def fibonacci(n):\n    ",
 )
 NEW_TOKENS = 64
