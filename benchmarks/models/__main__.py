@@ -141,15 +141,24 @@ def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed")
-    rounds = parser.parse_args().rounds
+    parts = ("forward", "decode", "first-token")
+    parser.add_argument("--only", choices=parts, help="this part of the table; all when left out")
+    options = parser.parse_args()
+    wanted = parts if options.only is None else (options.only,)
     model = load_gguf(installed_data.find("smollm2"))
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (8, 128))
+    rows: list[Row] = []
     peer = Peer(tokens)
     try:
-        rows = [*forward_rows(model, tokens, peer, rounds), *decode_rows(model, peer, rounds)]
+        if "forward" in wanted:
+            rows += forward_rows(model, tokens, peer, options.rounds)
+        if "decode" in wanted:
+            rows += decode_rows(model, peer, options.rounds)
     finally:
         peer.close()
-    report("models", [*rows, *first_token_rows(rounds)], threads=peer.threads)
+    if "first-token" in wanted:
+        rows += first_token_rows(options.rounds)
+    report("models", rows, threads=peer.threads)
 
 
 if __name__ == "__main__":
