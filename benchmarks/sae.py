@@ -20,7 +20,7 @@ import numpy as np
 
 from interp_jax.sae import TrainConfig
 from interp_jax.sae.superposition import random_directions, superposed
-from interp_jax.sae.train import _initial_state, _step
+from interp_jax.sae.step import initial_state, step
 
 
 def main() -> None:
@@ -64,8 +64,8 @@ def main() -> None:
 
 def _stepper(sizes: argparse.Namespace, batch: jax.Array, dead_after: int) -> Callable[[], Any]:
     config = TrainConfig(sizes.d_in, sizes.d_sae, k=sizes.k, dead_after=dead_after)
-    state = jax.jit(functools.partial(_initial_state, config))(batch)
-    step = jax.jit(functools.partial(_step, config), donate_argnums=0)
+    state = jax.jit(functools.partial(initial_state, config))(batch)
+    step = jax.jit(functools.partial(step, config), donate_argnums=0)
 
     def run() -> Any:
         nonlocal state

@@ -53,7 +53,7 @@ from interp_jax.report import (
     write_page,
     write_results,
 )
-from interp_jax.sae import TopKSAE, TrainConfig, evaluate, loss_recovered, save_saelens, train
+from interp_jax.sae import SparseAutoencoder, TrainConfig, evaluate, loss_recovered, save_saelens, train
 from interp_jax.steering import steer
 
 __all__ = ["FULL", "QUICK", "DemoError", "Settings", "run"]
@@ -319,7 +319,7 @@ def _in_chunks(n_rows: int, size: int = 16_384) -> list[Int[np.ndarray, "n"]]:
 
 def _trained(
     settings: Settings, store: ActivationStore, ordinary: Int[np.ndarray, "n"], directory: pathlib.Path
-) -> tuple[TopKSAE, TrainingCurve]:
+) -> tuple[SparseAutoencoder, TrainingCurve]:
     config = TrainConfig(
         d_in=store.d_in,
         d_sae=settings.d_sae,
@@ -342,7 +342,7 @@ def _trained(
     )
 
 
-def _decoded_pursuit(value: Array, sae: TopKSAE) -> Array:
+def _decoded_pursuit(value: Array, sae: SparseAutoencoder) -> Array:
     """The reconstruction by gradient pursuit in the SAE's dictionary: its encoder is not used."""
     code = gradient_pursuit(value - sae.b_dec[...], sae.W_dec[...], L0)
     return code.decode(sae.W_dec[...]) + sae.b_dec[...]
@@ -350,7 +350,7 @@ def _decoded_pursuit(value: Array, sae: TopKSAE) -> Array:
 
 def _judged(
     model: LanguageModel,
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     mean: Float[np.ndarray, "d_in"],
     rows: Int[np.ndarray, "rows context"],
     layer: int,
@@ -391,7 +391,9 @@ def _judged(
     return scores, evaluation.density
 
 
-def _pursuit_statistics(sae: TopKSAE, activations: list[Float[np.ndarray, "n d_in"]]) -> tuple[float, float, float]:
+def _pursuit_statistics(
+    sae: SparseAutoencoder, activations: list[Float[np.ndarray, "n d_in"]]
+) -> tuple[float, float, float]:
     """(L0, fraction of variance unexplained, share of latents never used) of gradient pursuit."""
     pursue = jax.jit(lambda sae, x: gradient_pursuit(x - sae.b_dec[...], sae.W_dec[...], L0))
     all_rows = np.concatenate(activations).astype(np.float64)
@@ -432,7 +434,7 @@ def _score(
 def _dashboards(
     settings: Settings,
     model: LanguageModel,
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     store: ActivationStore,
     rows: Int[np.ndarray, "rows context"],
     densities: Float[np.ndarray, "d_sae"],
@@ -456,7 +458,7 @@ def _dashboards(
 def _steered(
     settings: Settings,
     model: LanguageModel,
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     dashboards: tuple[LatentDashboard, ...],
     layer: int,
     norm: float,

@@ -37,7 +37,7 @@ class Row:
     def __str__(self) -> str:
         target = "" if self.at_most is None else f"{self.at_most:8.3g} {'met' if self.is_met else 'MISSED'}"
         ours, other = _readable(self.ours, self.unit), _readable(self.other, self.unit)
-        return f"{self.what:<72} {ours:>10} {other:>10} {self.ratio:8.3f} {target}"
+        return f"{self.what:<84} {ours:>10} {other:>10} {self.ratio:8.3f} {target}"
 
 
 def _readable(value: float, unit: str) -> str:
@@ -90,7 +90,7 @@ def report(name: str, rows: Sequence[Row], **setting: Any) -> None:
     """
     setting = {"jax": jax.__version__, **setting}
     print("; ".join(f"{key} {value}" for key, value in setting.items()))
-    print(f"{'':<72} {'ours':>10} {'peer':>10} {'ratio':>8} {'at most':>8}")
+    print(f"{'':<84} {'ours':>10} {'peer':>10} {'ratio':>8} {'at most':>8}")
     print(*rows, sep="\n", flush=True)
     table = [{**dataclasses.asdict(row), "ratio": row.ratio, "is_met": row.is_met} for row in rows]
     RESULTS.mkdir(exist_ok=True)

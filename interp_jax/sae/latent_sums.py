@@ -30,7 +30,7 @@ class LatentGroups(NamedTuple):
     """The pairs of a sparse code in the order of their latents."""
 
     order: Int[Array, "pairs"]
-    """Pair numbers, `row * k + slot`, sorted by latent; pairs that are not active come last."""
+    """Pair numbers, sorted by latent; pairs that are not active come last."""
     starts: Int[Array, "d_sae_plus_1"]
     """Where each latent's pairs start in `order`, and where the last one's end."""
 
@@ -40,16 +40,16 @@ class LatentGroups(NamedTuple):
         return self.starts[1:] - self.starts[:-1]
 
 
-def group_by_latent(indices: Int[Array, "batch k"], is_active: Bool[Array, "batch k"], d_sae: int) -> LatentGroups:
+def group_by_latent(latents: Int[Array, "pairs"], is_active: Bool[Array, "pairs"], d_sae: int) -> LatentGroups:
     """Sorts the active pairs of a code by latent.
 
     Args:
-        indices: the latents of each row.
+        latents: the latent of each pair.
         is_active: which of them count.
         d_sae: number of latents.
     """
-    n_pairs = indices.size
-    latents = jnp.where(is_active, indices, d_sae).ravel()
+    n_pairs = latents.size
+    latents = jnp.where(is_active, latents, d_sae)
     bits = max(1, (n_pairs - 1).bit_length())
     if d_sae < 2 ** (32 - bits):
         keys = jnp.sort((latents.astype(jnp.uint32) << bits) | jnp.arange(n_pairs, dtype=jnp.uint32))
@@ -61,17 +61,18 @@ def group_by_latent(indices: Int[Array, "batch k"], is_active: Bool[Array, "batc
 
 
 def sum_by_latent(
-    factors: Float[Array, "batch k"], rows: Float[Array, "batch d"], groups: LatentGroups
+    factors: Float[Array, "pairs"], rows: Float[Array, "m d"], row_of: Int[Array, "pairs"], groups: LatentGroups
 ) -> Float[Array, "d_sae d"]:
-    """For each latent, the sum of `factors[row, slot] * rows[row]` over its pairs.
+    """For each latent, the sum of `factors[pair] * rows[row_of[pair]]` over its pairs.
 
     Args:
         factors: one a pair; those of inactive pairs are not looked at.
-        rows: one a row of the batch.
+        rows: what is summed.
+        row_of: which of them each pair takes.
         groups: the pairs, from `group_by_latent`.
     """
     order, starts = groups
-    n_pairs, d_sae, k = order.size, starts.size - 1, factors.shape[1]
+    n_pairs, d_sae = order.size, starts.size - 1
     n_overflow = -(-n_pairs // PIECE)
 
     # Overflow piece q belongs to the latent whose range in the running count of overflow pieces holds q.
@@ -87,8 +88,8 @@ def sum_by_latent(
     position = first + jnp.arange(PIECE, dtype=jnp.int32)[:, None]
     is_pair = position < last
     pair = order[jnp.minimum(position, n_pairs - 1)]
-    factor = jnp.where(is_pair, factors.ravel()[pair], 0)
-    row = jnp.where(is_pair, pair // k, 0)
+    factor = jnp.where(is_pair, factors[pair], 0)
+    row = jnp.where(is_pair, row_of[pair], 0)
     # Without the barrier XLA computes factor and row anew for each of the d columns.
     factor, row, rows = jax.lax.optimization_barrier((factor, row, rows))
 

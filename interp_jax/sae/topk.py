@@ -2,8 +2,7 @@
 
     codes = top_k(relu((x - b_dec) @ W_enc + b_enc));   reconstruction = codes @ W_dec + b_dec
 
-`W_dec[d_sae, d_in]` is the dictionary, one row a latent, of norm one. A row of the batch uses at most k latents: fewer
-where fewer than k pre-activations are positive.
+A row of the batch uses at most k latents: fewer where fewer than k pre-activations are positive.
 
 `TopKSAE.encode` and `decode` are the plain, dense mathematics, differentiable as they stand. Training goes through
 `reconstruct`, which computes the same from the k active latents a row alone, with a derivative of its own: neither
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
 from interp_jax.sae.grouped_top_k import grouped_top_k
 from interp_jax.sae.latent_sums import LatentGroups, gathered_sum, group_by_latent, sum_by_latent
 
@@ -29,75 +29,50 @@ _CHUNK = 64
 """Rows whose k dictionary rows are gathered at a time: a few megabytes, which stay in the cache."""
 
 
-class TopKSAE(nnx.Module):
-    """A TopK sparse autoencoder; a pytree of four arrays."""
+class TopKSAE(SparseAutoencoder):
+    """A TopK sparse autoencoder."""
 
-    def __init__(
-        self,
-        *,
-        W_enc: Float[Array, "_d_in _d_sae"],
-        b_enc: Float[Array, "_d_sae"],
-        W_dec: Float[Array, "_d_sae _d_in"],
-        b_dec: Float[Array, "_d_in"],
-        k: int,
-    ):
+    b_enc: nnx.Param
+
+    def __init__(self, *, b_enc: Float[Array, "_d_sae"], k: int, **arrays):
         """An SAE of given weights.
 
         Args:
-            W_enc: encoder.
             b_enc: encoder bias.
-            W_dec: dictionary.
-            b_dec: decoder bias, subtracted from the input too.
             k: latents a row may use.
+            **arrays: what every `SparseAutoencoder` has.
 
         Raises:
             ValueError: if the shapes do not fit one another, or k is not within 1..d_sae.
         """
-        if W_dec.ndim != 2:
-            raise ValueError(f"W_dec has shape {W_dec.shape}; expected [d_sae, d_in].")
-        d_sae, d_in = W_dec.shape
-        check_sizes(d_in, d_sae, k)
-        found = (W_enc.shape, b_enc.shape, b_dec.shape)
-        expected = ((d_in, d_sae), (d_sae,), (d_in,))
-        if found != expected:
-            raise ValueError(f"W_dec {W_dec.shape} expects W_enc, b_enc and b_dec of shapes {expected}; found {found}.")
-        self.W_enc = nnx.Param(W_enc)
-        self.b_enc = nnx.Param(b_enc)
-        self.W_dec = nnx.Param(W_dec)
-        self.b_dec = nnx.Param(b_dec)
+        super().__init__(**arrays)
+        self._set_per_latent(b_enc=b_enc)
+        check_k(k, self.d_sae)
         self.k = k
 
     @classmethod
-    def random(cls, d_in: int, d_sae: int, k: int, *, key: PRNGKeyArray) -> "TopKSAE":
-        """Random unit directions; the encoder is the decoder's transpose, the biases are zero.
+    def random(cls, d_in: int, d_sae: int, k: int, *, key: PRNGKeyArray, **shape) -> "TopKSAE":
+        """Random unit directions and zero biases.
 
         Args:
             d_in: width of the activations.
             d_sae: number of latents.
             k: latents a row may use.
             key: random key for the directions.
+            **shape: `d_out` and `has_skip` of a transcoder.
 
         Raises:
             ValueError: if k is not within 1..d_sae, or a size is not positive.
         """
-        check_sizes(d_in, d_sae, k)
-        directions = jax.random.normal(key, (d_sae, d_in))
-        directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
-        return cls(W_enc=directions.T, b_enc=jnp.zeros(d_sae), W_dec=directions, b_dec=jnp.zeros(d_in), k=k)
-
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        """Number of latents."""
-        return self.W_dec.shape[0]
+        return cls(b_enc=jnp.zeros(d_sae), k=k, **random_arrays(d_in, d_sae, key=key, **shape))
 
     def pre_activations(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
-        """The encoder's output before the k largest are picked."""
-        return (x - self.b_dec[...]) @ self.W_enc[...] + self.b_enc[...]
+        """The encoder's output before the k largest are picked.
+
+        Args:
+            x: activations.
+        """
+        return self.projected(x) + self.b_enc[...]
 
     def encode_topk(self, x: Float[Array, "*batch d_in"]) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
         """The k largest activations, in falling order and none below zero, and the latents that they belong to.
@@ -122,27 +97,22 @@ class TopKSAE(nnx.Module):
         codes = jnp.zeros((len(flat), self.d_sae), values.dtype).at[rows, indices.reshape(-1, self.k)].set(flat)
         return codes.reshape(*x.shape[:-1], self.d_sae)
 
-    def decode(self, codes: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_in"]:
-        """The activations that dense codes stand for.
-
-        Args:
-            codes: dense codes.
-        """
-        return codes @ self.W_dec[...] + self.b_dec[...]
-
-    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_in"]:
-        """The reconstruction of activations.
-
-        Args:
-            x: activations.
-        """
-        return self.decode(self.encode(x))
+    def objective(
+        self,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+    ) -> Outcome:
+        """Squared error; see `SparseAutoencoder.objective`. k alone makes the codes sparse."""
+        reconstruction = reconstruct(self, x)
+        error = target - reconstruction.output
+        squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
+        return Outcome(squared_error, squared_error, error, reconstruction.firings, jnp.zeros(()))
 
 
-def check_sizes(d_in: int, d_sae: int, k: int) -> None:
-    """Raises ValueError for sizes that no TopK SAE can have."""
-    if d_in < 1 or d_sae < 1:
-        raise ValueError(f"d_in is {d_in} and d_sae {d_sae}; expected at least 1 each.")
+def check_k(k: int, d_sae: int) -> None:
+    """Raises ValueError for a k that no TopK SAE can have."""
     if not 1 <= k <= d_sae:
         raise ValueError(f"k is {k}; expected 1 to d_sae = {d_sae}. Make k smaller or the dictionary wider.")
 
@@ -150,7 +120,7 @@ def check_sizes(d_in: int, d_sae: int, k: int) -> None:
 class Reconstruction(NamedTuple):
     """What the training loss is made of."""
 
-    output: Float[Array, "batch d_in"]
+    output: Float[Array, "batch d_out"]
     """The reconstruction."""
     values: Float[Array, "batch k"]
     """Activations; zero where fewer than k are positive."""
@@ -166,20 +136,23 @@ def reconstruct(sae: TopKSAE, x: Float[Array, "batch d_in"]) -> Reconstruction:
         x: activations.
     """
     fixed = jax.tree.map(jax.lax.stop_gradient, sae)
-    values, indices = fixed.encode_topk(jax.lax.stop_gradient(x))
-    groups = group_by_latent(indices, values > 0, sae.d_sae)
-    weights = sae.W_enc[...], sae.b_enc[...], sae.W_dec[...], sae.b_dec[...]
-    output = _decode(weights, x, values, indices, groups)
+    x = jax.lax.stop_gradient(x)
+    values, indices = fixed.encode_topk(x)
+    groups = group_by_latent(indices.ravel(), values.ravel() > 0, sae.d_sae)
+    b_dec = sae.b_dec[...]
+    shift = b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d_in, b_dec.dtype)
+    weights = sae.W_enc[...], sae.b_enc[...], sae.W_dec[...], shift
+    output = _decode(weights, x, values, indices, groups) + b_dec + sae.skipped(x)
     return Reconstruction(output, values, groups.counts)
 
 
 _Weights = tuple[Array, Array, Array, Array]
+"""W_enc, b_enc, W_dec, and what is subtracted from the input."""
 
 
 @jax.custom_vjp
 def _decode(weights: _Weights, x: Array, values: Array, indices: Array, groups: LatentGroups) -> Array:
-    _, _, W_dec, b_dec = weights
-    return gathered_sum(values.T, W_dec, indices.T) + b_dec
+    return gathered_sum(values.T, weights[2], indices.T)
 
 
 def _decode_forward(weights: _Weights, x: Array, values: Array, indices: Array, groups: LatentGroups):
@@ -187,16 +160,17 @@ def _decode_forward(weights: _Weights, x: Array, values: Array, indices: Array, 
 
 
 def _decode_backward(kept, gradient: Array):
-    (W_enc, _, W_dec, b_dec), x, values, indices, groups = kept
+    (W_enc, _, W_dec, shift), x, values, indices, groups = kept
     by_value = jnp.where(values > 0, _gathered_products(gradient, W_dec, indices), 0)
-    d_W_dec = sum_by_latent(values, gradient, groups)
+    row_of = jnp.arange(values.size, dtype=jnp.int32) // values.shape[1]
+    d_W_dec = sum_by_latent(values.ravel(), gradient, row_of, groups)
     # A column of ones beside the inputs makes the encoder bias' gradient one more column of the same sum.
-    inputs = jnp.concatenate([x - b_dec, jnp.ones_like(x[:, :1])], axis=1)
-    d_encoder = sum_by_latent(by_value, inputs, groups)
+    inputs = jnp.concatenate([x - shift, jnp.ones_like(x[:, :1])], axis=1)
+    d_encoder = sum_by_latent(by_value.ravel(), inputs, row_of, groups)
     d_b_enc = d_encoder[:, -1]
-    # b_dec is added to the output, and subtracted from each input by way of every active column of the encoder.
-    d_b_dec = jnp.sum(gradient, axis=0) - W_enc @ d_b_enc
-    return (d_encoder[:, :-1].T, d_b_enc, d_W_dec, d_b_dec), None, None, None, None
+    # The shift is subtracted from each input by way of every active column of the encoder.
+    d_shift = -(W_enc @ d_b_enc)
+    return (d_encoder[:, :-1].T, d_b_enc, d_W_dec, d_shift), None, None, None, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)

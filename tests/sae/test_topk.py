@@ -75,10 +75,14 @@ def test_sums_by_latent_equal_numpy(skew, d_sae):
     rows = random.normal(size=(1200, 3)).astype(np.float32)
     expected = np.zeros((d_sae, 3))
     np.add.at(expected, indices[is_active], factors[is_active][:, None] * np.repeat(rows[:, None], 4, 1)[is_active])
-    groups = jax.jit(group_by_latent, static_argnums=2)(jnp.asarray(indices), jnp.asarray(is_active), d_sae)
+    groups = jax.jit(group_by_latent, static_argnums=2)(
+        jnp.asarray(indices).ravel(), jnp.asarray(is_active).ravel(), d_sae
+    )
     np.testing.assert_array_equal(groups.counts, np.bincount(indices[is_active], minlength=d_sae))
     np.testing.assert_allclose(
-        jax.jit(sum_by_latent)(jnp.asarray(factors), jnp.asarray(rows), groups), expected, atol=2e-4
+        jax.jit(sum_by_latent)(jnp.asarray(factors).ravel(), jnp.asarray(rows), jnp.arange(4800) // 4, groups),
+        expected,
+        atol=2e-4,
     )
 
 
@@ -101,5 +105,5 @@ def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="k is 41; expected 1 to d_sae = 40"):
         TopKSAE.random(12, 40, 41, key=jax.random.key(0))
     sae = sae_of(0)
-    with pytest.raises(ValueError, match="expects W_enc, b_enc and b_dec"):
+    with pytest.raises(ValueError, match=r"shapes do not fit W_enc \(40, 12\)"):
         TopKSAE(W_enc=sae.W_dec[...], b_enc=sae.b_enc[...], W_dec=sae.W_dec[...], b_dec=sae.b_dec[...], k=3)

@@ -1,7 +1,6 @@
 """Training: what it finds, what it keeps to, and that an interruption at any moment changes nothing."""
 
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -16,11 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from interp_jax.sae import NonFiniteLossError, TopKSAE, TrainConfig, evaluate, load_saelens, mean_max_cosine, train
-from interp_jax.sae.auxiliary_k import add_auxiliary_gradient
+from interp_jax.sae import NonFiniteLossError, TrainConfig, evaluate, load_saelens, mean_max_cosine, train
 from interp_jax.sae.superposition import random_directions, superposed
-from interp_jax.sae.train import METRICS, _initial_state, _step
-from interp_jax.sae.unit_norm import tangent, to_unit_norm
 
 pytestmark = pytest.mark.caches  # a compiled step that is traced anew for every batch would take minutes
 
@@ -66,21 +62,6 @@ def test_a_trained_sae_finds_the_directions_in_superposition():
     assert found.fvu == pytest.approx(history[-1]["fvu"], rel=0.25)
 
 
-def test_auxiliary_k_revives_dead_latents():
-    """Half the latents start with a bias that keeps them from firing; only auxiliary-k brings them back."""
-    shares = {}
-    for coefficient in (0.0, 1 / 32):
-        config = config_of(n_steps=400, learning_rate=1e-2, aux_coefficient=coefficient, dead_after=1000, k_aux=16)
-        state = _initial_state(config, toy(0))
-        state.sae.b_enc[...] = jnp.where(jnp.arange(64) < 32, -10.0, 0.0)
-        step = jax.jit(functools.partial(_step, config))
-        for number in range(200):
-            state, metrics = step(state, toy(number), number)
-        shares[coefficient] = dict(zip(METRICS, metrics, strict=True))["dead_share"]
-    assert shares[0.0] >= 0.5
-    assert shares[1 / 32] < 0.75 * shares[0.0]
-
-
 def test_rows_of_huge_norm_do_not_take_over():
     def with_outliers(step):
         return toy(step).at[7].set(2000.0 * jnp.where(jnp.arange(40) == 3, 1.0, 0.02))
@@ -93,38 +74,6 @@ def test_rows_of_huge_norm_do_not_take_over():
     clean = evaluate(train(TrainConfig(40, 96, k=4, n_steps=300, learning_rate=3e-3), toy)[0], held_out).fvu
     assert fvu[3.0] < 1.3 * clean
     assert fvu[float("inf")] > 1.4 * clean
-
-
-def test_the_auxiliary_gradient_is_that_of_the_dense_formula():
-    sae = TopKSAE.random(8, 30, 2, key=jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (50, 8))
-    error = x - sae(x)
-    row_weights = jnp.linspace(0.2, 1, 50)
-    idle = jnp.where(jnp.arange(30) % 3 == 0, 1000 + jnp.arange(30), 0).astype(jnp.int32)
-    zeros = jax.tree.map(jnp.zeros_like, sae)
-    settings = {"dead_after": 100, "k_aux": 4, "coefficient": 0.5}
-
-    def dense_loss(sae):
-        pre = sae.pre_activations(x)
-        pre = jnp.where(idle > 100, pre, -jnp.inf)
-        kept = pre >= jnp.sort(jax.lax.stop_gradient(pre), axis=1)[:, -4:-3]
-        codes = jnp.where(kept & (pre > 0), pre, 0)
-        return 0.5 * jnp.mean(row_weights * jnp.sum((error - codes @ sae.W_dec[...]) ** 2, axis=1))
-
-    ours = add_auxiliary_gradient(zeros, sae, x, error, row_weights, idle, **settings)
-    expected = jax.grad(dense_loss)(sae)
-    for name in ("W_enc", "b_enc", "W_dec"):
-        np.testing.assert_allclose(arrays_of(ours)[name], arrays_of(expected)[name], atol=1e-5)
-    nothing_dead = add_auxiliary_gradient(zeros, sae, x, error, row_weights, jnp.zeros(30, jnp.int32), **settings)
-    assert all((array == 0).all() for array in arrays_of(nothing_dead).values())
-
-
-def test_unit_norm_is_both_halves():
-    rows = to_unit_norm(jax.random.normal(jax.random.key(0), (6, 5)))
-    gradient = tangent(jax.random.normal(jax.random.key(1), (6, 5)), rows)
-    np.testing.assert_allclose(jnp.sum(gradient * rows, axis=1), 0, atol=1e-6)
-    np.testing.assert_allclose(jnp.linalg.norm(to_unit_norm(rows + gradient), axis=1), 1, rtol=1e-6)
-    assert (to_unit_norm(jnp.zeros((2, 5))) == 0).all()
 
 
 def test_adam_without_its_first_moment_is_adam_with_beta1_zero():

@@ -1,0 +1,181 @@
+"""The JumpReLU sparse autoencoder (Rajamanoharan et al., "Jumping ahead", 2024).
+
+    codes = pre * 1[pre > threshold];   pre = (x - b_dec) @ W_enc + b_enc
+    loss = |target - output|^2 + coefficient * L0,   or   coefficient * (L0 / l0_target - 1)^2
+
+A threshold a latent takes the place of shrinking: what passes it is left as it is. Neither the jump nor the L0 has a
+derivative by the threshold, so the derivative of the expected loss is estimated by a rectangle of width `bandwidth`
+about it (the paper's equations 11 and 12): where |pre - threshold| < bandwidth / 2,
+
+    d code / d threshold = -threshold / bandwidth;   d 1[pre > threshold] / d threshold = -1 / bandwidth
+
+Both are exact zero elsewhere. The parameter is the threshold itself or its logarithm, which keeps it positive.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
+from interp_jax.sae.relu import dense_outcome
+
+__all__ = ["JumpReLUSAE", "is_above", "jump_relu"]
+
+
+class JumpReLUSAE(SparseAutoencoder):
+    """A JumpReLU sparse autoencoder."""
+
+    b_enc: nnx.Param
+    threshold: nnx.Param
+    log_threshold: nnx.Param
+
+    def __init__(
+        self,
+        *,
+        b_enc: Float[Array, "_d_sae"],
+        threshold: Float[Array, "_d_sae"],
+        bandwidth: float = 1e-3,
+        parameter: Literal["threshold", "log_threshold"] = "threshold",
+        **arrays,
+    ):
+        """An SAE of given weights.
+
+        Args:
+            b_enc: encoder bias.
+            threshold: what a pre-activation must exceed to count; not negative.
+            bandwidth: width of the rectangle by which derivatives are estimated, in units of the codes.
+            parameter: what is stored and trained: the threshold, or its logarithm.
+            **arrays: what every `SparseAutoencoder` has.
+
+        Raises:
+            ValueError: if the shapes do not fit one another, or the bandwidth is not positive.
+        """
+        super().__init__(**arrays)
+        if not bandwidth > 0:
+            raise ValueError(f"bandwidth is {bandwidth}; expected a positive number, in units of the codes.")
+        self.bandwidth = bandwidth
+        self.is_log = parameter == "log_threshold"
+        self._set_per_latent(b_enc=b_enc, **{parameter: jnp.log(threshold) if self.is_log else threshold})
+
+    @classmethod
+    def random(
+        cls,
+        d_in: int,
+        d_sae: int,
+        *,
+        key: PRNGKeyArray,
+        threshold: float = 1e-3,
+        bandwidth: float = 1e-3,
+        parameter: Literal["threshold", "log_threshold"] = "threshold",
+        **shape,
+    ) -> "JumpReLUSAE":
+        """Random unit directions, zero biases, and one threshold for all.
+
+        Args:
+            d_in: width of the activations.
+            d_sae: number of latents.
+            key: random key.
+            threshold: where every latent's threshold starts.
+            bandwidth: width of the rectangle by which derivatives are estimated.
+            parameter: what is stored and trained.
+            **shape: `d_out` and `has_skip` of a transcoder.
+        """
+        return cls(
+            b_enc=jnp.zeros(d_sae),
+            threshold=jnp.full(d_sae, threshold),
+            bandwidth=bandwidth,
+            parameter=parameter,
+            **random_arrays(d_in, d_sae, key=key, **shape),
+        )
+
+    def thresholds(self) -> Float[Array, "d_sae"]:
+        """The threshold of each latent, whichever way it is stored."""
+        return jnp.exp(self.log_threshold[...]) if self.is_log else self.threshold[...]
+
+    def pre_activations(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
+        """What is compared with the thresholds.
+
+        Args:
+            x: activations.
+        """
+        return self.projected(x) + self.b_enc[...]
+
+    def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
+        """Dense codes of activations.
+
+        Args:
+            x: activations.
+        """
+        return jump_relu(self.pre_activations(x), self.thresholds(), self.bandwidth)
+
+    def objective(
+        self,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+    ) -> Outcome:
+        """Squared error plus L0; see `SparseAutoencoder.objective`."""
+        pre, thresholds = self.pre_activations(x), self.thresholds()
+        codes = jump_relu(pre, thresholds, self.bandwidth)
+        l0 = jnp.sum(jnp.mean(is_above(pre, thresholds, self.bandwidth), axis=0))
+        measure = l0 if sparsity.l0_target is None else jnp.square(l0 / sparsity.l0_target - 1)
+        return dense_outcome(self, codes, x, target, row_weights, sparsity.coefficient * measure)
+
+    def in_units(self, input_scale: Float[Array, ""], output_scale: Float[Array, ""]) -> "JumpReLUSAE":
+        """The autoencoder for unscaled activations; see `SparseAutoencoder.in_units`."""
+        scaled = super().in_units(input_scale, output_scale)
+        if self.is_log:
+            return scaled.replace(log_threshold=self.log_threshold[...] - jnp.log(output_scale))
+        return scaled.replace(threshold=self.threshold[...] / output_scale)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def jump_relu(
+    pre: Float[Array, "*batch d_sae"], threshold: Float[Array, "d_sae"], bandwidth: float
+) -> Float[Array, "*batch d_sae"]:
+    """`pre` where it is above the threshold, else zero; for derivatives see the module's docstring.
+
+    Args:
+        pre: pre-activations.
+        threshold: one a latent.
+        bandwidth: width of the rectangle by which the derivative by the threshold is estimated.
+    """
+    return jnp.where((pre > threshold) & (pre > 0), pre, 0)
+
+
+@jump_relu.defjvp
+def _jump_relu_jvp(bandwidth: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]):
+    (pre, threshold), (by_pre, by_threshold) = primals, tangents
+    output = jump_relu(pre, threshold, bandwidth)
+    passed = jnp.where((pre > threshold) & (pre > 0), by_pre, 0)
+    return output, passed - _rectangle(pre, threshold, bandwidth) * (threshold / bandwidth) * by_threshold
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def is_above(
+    pre: Float[Array, "*batch d_sae"], threshold: Float[Array, "d_sae"], bandwidth: float
+) -> Float[Array, "*batch d_sae"]:
+    """One where a latent is active, else zero; differentiable by the threshold alone.
+
+    Args:
+        pre: pre-activations.
+        threshold: one a latent.
+        bandwidth: width of the rectangle by which the derivative is estimated.
+    """
+    return jnp.asarray((pre > threshold) & (pre > 0), pre.dtype)
+
+
+@is_above.defjvp
+def _is_above_jvp(bandwidth: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]):
+    (pre, threshold), (_, by_threshold) = primals, tangents
+    output = is_above(pre, threshold, bandwidth)
+    return output, -_rectangle(pre, threshold, bandwidth) / bandwidth * by_threshold
+
+
+def _rectangle(pre: Array, threshold: Array, bandwidth: float) -> Array:
+    return jnp.asarray(jnp.abs(pre - threshold) < bandwidth / 2, pre.dtype)

@@ -1,0 +1,105 @@
+"""The ReLU sparse autoencoder with an L1 penalty (Bricken et al., "Towards monosemanticity", 2023).
+
+    codes = relu((x - b_dec) @ W_enc + b_enc)
+    loss = mean over rows of |target - output|^2 + coefficient * mean over rows of sum_i codes_i (* |W_dec_i|)
+
+L1 shrinks codes; without a bound on the dictionary's norm it would be lowered for nothing, by small codes and long
+rows. Rows are therefore held to norm one (`unit_norm`), or the norm stands in the penalty (Conerly et al. 2024).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
+
+__all__ = ["ReLUSAE", "dense_outcome", "l1"]
+
+
+class ReLUSAE(SparseAutoencoder):
+    """A ReLU sparse autoencoder."""
+
+    b_enc: nnx.Param
+
+    def __init__(self, *, b_enc: Float[Array, "_d_sae"], **arrays):
+        """An SAE of given weights.
+
+        Args:
+            b_enc: encoder bias.
+            **arrays: what every `SparseAutoencoder` has.
+
+        Raises:
+            ValueError: if the shapes do not fit one another.
+        """
+        super().__init__(**arrays)
+        self._set_per_latent(b_enc=b_enc)
+
+    @classmethod
+    def random(cls, d_in: int, d_sae: int, *, key: PRNGKeyArray, **shape) -> "ReLUSAE":
+        """Random unit directions and zero biases.
+
+        Args:
+            d_in: width of the activations.
+            d_sae: number of latents.
+            key: random key.
+            **shape: `d_out` and `has_skip` of a transcoder.
+        """
+        return cls(b_enc=jnp.zeros(d_sae), **random_arrays(d_in, d_sae, key=key, **shape))
+
+    def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
+        """Dense codes of activations.
+
+        Args:
+            x: activations.
+        """
+        return jax.nn.relu(self.projected(x) + self.b_enc[...])
+
+    def objective(
+        self,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+    ) -> Outcome:
+        """Squared error plus L1; see `SparseAutoencoder.objective`."""
+        codes = self.encode(x)
+        return dense_outcome(self, codes, x, target, row_weights, l1(self, codes, sparsity))
+
+
+def l1(sae: SparseAutoencoder, codes: Float[Array, "batch d_sae"], sparsity: Sparsity) -> Float[Array, ""]:
+    """The L1 penalty of codes that are not negative, a mean over rows.
+
+    Args:
+        sae: the autoencoder.
+        codes: its codes.
+        sparsity: the coefficient, and whether a code counts times its row's norm.
+    """
+    sizes = jnp.mean(codes, axis=0)
+    if sparsity.is_norm_weighted:
+        sizes = sizes * jnp.linalg.norm(sae.W_dec[...], axis=1)
+    return sparsity.coefficient * jnp.sum(sizes)
+
+
+def dense_outcome(
+    sae: SparseAutoencoder,
+    codes: Float[Array, "batch d_sae"],
+    x: Float[Array, "batch d_in"],
+    target: Float[Array, "batch d_out"],
+    row_weights: Float[Array, "batch"],
+    penalty: Float[Array, ""],
+) -> Outcome:
+    """The outcome of an objective whose codes are dense: squared error plus a penalty.
+
+    Args:
+        sae: the autoencoder.
+        codes: its codes.
+        x: activations.
+        target: what is to be reconstructed.
+        row_weights: weight of each row's error.
+        penalty: added to the squared error.
+    """
+    error = target - (sae.decode(codes) + sae.skipped(x))
+    squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
+    firings = jnp.sum(codes > 0, axis=0, dtype=jnp.int32)
+    return Outcome(squared_error + penalty, squared_error, error, firings, jnp.zeros(()))

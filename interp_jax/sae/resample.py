@@ -1,0 +1,94 @@
+"""Resampling: dead latents start again from inputs that are badly reconstructed (Bricken et al. 2023).
+
+A dead latent's dictionary row becomes the direction of an input, drawn with a probability that goes with the square of
+the row's squared error; its encoder column the same direction at a fifth of the living columns' mean norm, its biases
+zero, its threshold the living ones' mean, and the optimiser's moments of all of them zero. That is a shock to a
+dictionary that is otherwise done, so it is done at long intervals: *resampling*. Or only to the few latents that have
+been dead for longest, whenever there are any, from the batch at hand: *lazy re-initialisation*, which spares the pass
+over many inputs.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from interp_jax.sae.autoencoder import SparseAutoencoder
+
+__all__ = ["N_LAZY", "longest_dead", "resample"]
+
+N_LAZY = 16
+"""The most latents that are re-initialised in one step, where that is done lazily."""
+
+S = TypeVar("S", bound=SparseAutoencoder)
+
+
+def resample(
+    sae: S,
+    moments: Any,
+    is_chosen: Bool[Array, "d_sae"],
+    x: Float[Array, "batch d_in"],
+    target: Float[Array, "batch d_out"],
+    row_errors: Float[Array, "batch"],
+    *,
+    key: PRNGKeyArray,
+) -> tuple[S, Any]:
+    """Starts latents again.
+
+    Args:
+        sae: the autoencoder.
+        moments: the optimiser's state; every autoencoder-shaped part of it is set to zero at those latents.
+        is_chosen: which latents.
+        x: activations to draw from.
+        target: what they are to be reconstructed to: `x`, but for a transcoder.
+        row_errors: how badly each is: its weighted squared error.
+        key: random key.
+
+    Returns:
+        The autoencoder and the optimiser's state.
+    """
+    square = jnp.square(row_errors)
+    chosen = jax.random.categorical(key, jnp.log(jnp.maximum(square, 1e-30)), shape=(sae.d_sae,))
+    inputs = x - sae.b_dec[...] if sae.apply_b_dec_to_input else x
+    read, written = _unit(inputs)[chosen], _unit(target - sae.b_dec[...])[chosen]
+    n_alive = jnp.maximum(jnp.sum(~is_chosen), 1)
+
+    def of_living(numbers: Float[Array, "d_sae"]) -> Float[Array, ""]:
+        return jnp.sum(jnp.where(is_chosen, 0, numbers)) / n_alive
+
+    norm = of_living(jnp.linalg.norm(sae.W_enc[...], axis=0))
+    norm = jnp.where(norm > 0, norm, 5.0)  # nothing lives: a fifth of this is one
+    arrays = {
+        "W_enc": jnp.where(is_chosen, 0.2 * norm * read.T, sae.W_enc[...]),
+        "W_dec": jnp.where(is_chosen[:, None], written, sae.W_dec[...]),
+    }
+    for name in sae.per_latent:
+        numbers = sae.parameter(name)
+        arrays[name] = jnp.where(is_chosen, of_living(numbers) if "threshold" in name else 0, numbers)
+
+    def forget(part: Any) -> Any:
+        if not isinstance(part, SparseAutoencoder):
+            return part
+        zeros = {name: jnp.where(is_chosen, 0, part.parameter(name)) for name in arrays if name != "W_dec"}
+        return part.replace(W_dec=jnp.where(is_chosen[:, None], 0, part.W_dec[...]), **zeros)
+
+    moments = jax.tree.map(forget, moments, is_leaf=lambda part: isinstance(part, SparseAutoencoder))
+    return sae.replace(**arrays), moments
+
+
+def longest_dead(idle: Int[Array, "d_sae"], is_dead: Bool[Array, "d_sae"], n: int) -> Bool[Array, "d_sae"]:
+    """The n latents, at most, that have been dead for longest.
+
+    Args:
+        idle: rows since each latent was last active.
+        is_dead: which are dead.
+        n: how many.
+    """
+    longest, latents = jax.lax.top_k(jnp.where(is_dead, idle, -1), min(n, len(idle)))
+    return jnp.zeros(len(idle), bool).at[latents].set(longest >= 0)
+
+
+def _unit(rows: Float[Array, "batch d"]) -> Float[Array, "batch d"]:
+    norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.where(norms > 0, norms, 1)
