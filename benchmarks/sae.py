@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from interp_jax.sae import TrainConfig
-from interp_jax.sae.superposition import random_directions, superposed
 from interp_jax.sae.step import initial_state, step
+from interp_jax.sae.superposition import random_directions, superposed
 
 
 def main() -> None:
@@ -65,11 +65,11 @@ def main() -> None:
 def _stepper(sizes: argparse.Namespace, batch: jax.Array, dead_after: int) -> Callable[[], Any]:
     config = TrainConfig(sizes.d_in, sizes.d_sae, k=sizes.k, dead_after=dead_after)
     state = jax.jit(functools.partial(initial_state, config))(batch)
-    step = jax.jit(functools.partial(step, config), donate_argnums=0)
+    run_step = jax.jit(functools.partial(step, config), donate_argnums=0)
 
     def run() -> Any:
         nonlocal state
-        state, metrics = step(state, batch, 0)
+        state, metrics = run_step(state, batch, 0)
         return state, metrics
 
     return run
