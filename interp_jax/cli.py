@@ -155,9 +155,24 @@ def patches(
     sys.exit(action_of[action](name))
 
 
+@app.command(name="sae")
+def sae(arguments: Annotated[list[str], tyro.conf.Positional]) -> None:
+    """Sparse autoencoders: `sae train`, `sae sweep`, `sae evaluate`, `sae convert`; each has a --help of its own.
+
+    Args:
+        arguments: The command and its options.
+    """
+    from interp_jax import sae_command
+
+    sae_command.main(arguments)
+
+
 def main() -> None:
     """Runs the command line."""
     try:
+        if sys.argv[1:2] == ["sae"]:
+            sae(sys.argv[2:])  # its options are its own parser's
+            return
         app.cli(prog="interp-jax", config=(tyro.conf.FlagCreatePairsOff,))
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

@@ -1,22 +1,15 @@
-"""SmolLM2 in `transformers` on PyTorch, in a process of its own, which works only while it is asked.
-
-In one process the two libraries' thread pools take the cores from one another: what runs after PyTorch is slower for a
-while, and so is PyTorch. Here each has the machine to itself in its turn.
-
-The parent writes one line of JSON a request, `["forward"]` or `["decode", prompts, n_tokens]`, and reads one line when
-it is done. Logits go to a file, whose path is in the answer.
-"""
+"""SmolLM2 in `transformers` on PyTorch, in a process of its own. Logits go to a file, whose path is in the answer."""
 
 import importlib
-import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from typing import Any
 
 import numpy as np
+
+from benchmarks.peer_process import PeerProcess, serve
 
 
 class Peer:
@@ -31,37 +24,24 @@ class Peer:
         self._folder = tempfile.TemporaryDirectory()
         path = pathlib.Path(self._folder.name)
         np.save(path / "tokens.npy", tokens)
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.models.pytorch_peer", str(path)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.threads = self._ask("threads")
+        self._process = PeerProcess(sys.executable, "benchmarks.models.pytorch_peer", str(path))
+        self.threads = self._process.ask("threads")
 
     def forward(self) -> np.ndarray:
         """Logits of a pass over the tokens."""
-        return np.load(self._ask("forward"), mmap_mode="r")
+        return np.load(self._process.ask("forward"), mmap_mode="r")
 
     def decode(self, prompts: np.ndarray, n_tokens: int) -> np.ndarray:
         """The likeliest continuations."""
-        return np.asarray(self._ask("decode", prompts.tolist(), n_tokens))
+        return np.asarray(self._process.ask("decode", prompts.tolist(), n_tokens))
 
     def run_forward(self) -> None:
         """The same as `forward`, to be timed: nothing is written."""
-        self._ask("time forward")
-
-    def _ask(self, *request: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the process with PyTorch ended with {self._process.wait()}; its message is above")
-        return json.loads(answer)
+        self._process.ask("time forward")
 
     def close(self) -> None:
         """Ends it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.close()
         self._folder.cleanup()
 
 
@@ -97,9 +77,7 @@ def _serve(folder: pathlib.Path) -> None:
 
     doing = {"decode": decode, "forward": forward, "time forward": time_forward, "threads": torch.get_num_threads}
     with torch.no_grad():
-        for line in sys.stdin:
-            what, *args = json.loads(line)
-            print(json.dumps(doing[what](*args)), flush=True)
+        serve(doing)
 
 
 if __name__ == "__main__":

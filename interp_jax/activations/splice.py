@@ -17,16 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_losses
 
-__all__ = ["mean_loss", "splice"]
+__all__ = ["is_sink", "mean_loss", "splice", "substituted", "unheaded"]
 
 Replace = Callable[..., Array]
-"""`replace(value, *args) -> value`, both `[batch, seq, d_in]`."""
+"""`replace(value, *args) -> value`, both `[batch, seq, d_in]`; a value per head is flattened to d_in."""
 
 
 def splice(
@@ -55,12 +55,48 @@ def splice(
 
     def spliced(params: Any, tokens: Array, *args: Any) -> Array:
         for _, _, value in (running := iterate(forward, sites=site, layers=(layer,))(params, tokens)):
-            is_sink = jnp.linalg.norm(value, axis=-1, keepdims=True) > keep_above
-            is_sink |= jnp.arange(value.shape[1])[:, None] == 0
-            running.modified_value = jnp.where(is_sink, value, replace(value, *args).astype(value.dtype))
+            flat = unheaded(value, tokens, site)
+            running.modified_value = substituted(value, replace(flat, *args), is_sink(flat, keep_above))
+            del value, flat  # where the site is inside a checkpoint, they must not outlive the step
         return running.retval
 
     return spliced
+
+
+def unheaded(value: Float[Array, "batch *rest"], tokens: Array, site: str) -> Float[Array, "batch seq d_in"]:
+    """An activation of any axes as one vector a position, as `stream_activations` gives it.
+
+    Args:
+        value: as it stands at the site.
+        tokens: `[batch, seq]`, what went in.
+        site: the site's name, for the error.
+
+    Raises:
+        ValueError: if it is not an activation a position, as attention probabilities are not.
+    """
+    if value.shape[:2] != tokens.shape or value.ndim < 3:
+        raise ValueError(
+            f"site {site!r} has shape {value.shape} for tokens of shape {tokens.shape}; a splice needs one vector a "
+            "position, [batch, seq, ...]. Choose a site such as resid_post or mlp_out."
+        )
+    return value.reshape(*value.shape[:2], -1)
+
+
+def is_sink(value: Float[Array, "batch seq d_in"], keep_above: float) -> Bool[Array, "batch seq"]:
+    """Which positions are left alone: the first, and those of a norm above `keep_above`."""
+    is_first = jnp.arange(value.shape[1]) == 0
+    return is_first | (jnp.linalg.norm(value, axis=-1) > keep_above)
+
+
+def substituted(
+    value: Float[Array, "batch seq *rest"],
+    replacement: Float[Array, "batch seq d_in"],
+    is_kept: Bool[Array, "batch seq"],
+) -> Float[Array, "batch seq *rest"]:
+    """An activation with another in its place, but where it is to be kept; shape and dtype stay."""
+    axes = (1,) * (value.ndim - 2)
+    replacement = replacement.astype(value.dtype).reshape(value.shape)
+    return jnp.where(is_kept.reshape(*is_kept.shape, *axes), value, replacement)
 
 
 def mean_loss(

@@ -22,7 +22,9 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-__all__ = ["Outcome", "SparseAutoencoder", "Sparsity", "centred_product", "check_sizes", "random_arrays"]
+from interp_jax.sae.column_sums import over_rows
+
+__all__ = ["Outcome", "SparseAutoencoder", "Sparsity", "affine", "check_sizes", "random_arrays"]
 
 S = TypeVar("S", bound="SparseAutoencoder")
 
@@ -130,15 +132,14 @@ class SparseAutoencoder(nnx.Module):
         """Width of the output; that of the input, but for a transcoder."""
         return self.W_dec.shape[1]
 
-    def projected(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
-        """The encoder's product, before any bias.
+    def pre_activations(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
+        """The encoder's output before its nonlinearity: the gate's, in a gated autoencoder.
 
         Args:
             x: activations.
         """
-        if not self.apply_b_dec_to_input:
-            return x @ self.W_enc[...]
-        return centred_product(x, self.b_dec[...], self.W_enc[...])
+        shift = self.b_dec[...] if self.apply_b_dec_to_input else jnp.zeros(self.d_in, x.dtype)
+        return affine(x, shift, self.W_enc[...], self.parameter(self.encoder_bias))
 
     def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
         """Dense codes of activations."""
@@ -268,33 +269,39 @@ def _check_shapes(reference: str, found: dict[str, tuple[int, ...]], expected: d
 
 
 @jax.custom_jvp
-def centred_product(
-    x: Float[Array, "*batch d_in"], shift: Float[Array, "d_in"], matrix: Float[Array, "d_in n"]
+def affine(
+    x: Float[Array, "*batch d_in"], shift: Float[Array, "d_in"], matrix: Float[Array, "d_in n"], bias: Float[Array, "n"]
 ) -> Float[Array, "*batch n"]:
-    """`(x - shift) @ matrix`, whose derivative by `shift` costs no product of the batch's size.
+    """`(x - shift) @ matrix + bias`, whose derivatives by `shift` and `bias` cost next to nothing.
 
     Plain reverse mode would multiply every row's cotangent by the matrix and add the results up; the sum of the
-    cotangents, multiplied once, is the same.
+    cotangents, which is the bias' gradient, multiplied once, is the same.
 
     Args:
         x: rows.
         shift: what is subtracted from each.
         matrix: what they are multiplied by.
+        bias: what is added to each.
     """
-    return (x - shift) @ matrix
+    return (x - shift) @ matrix + bias
 
 
-def _centred_product_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Any, Any, Any]):
-    (x, shift, matrix), (by_x, by_shift, by_matrix) = primals, tangents
-    output = centred_product(x, shift, matrix)
-    terms = []
+def _affine_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]):
+    x, shift, matrix, bias = primals
+    by_x, by_shift, by_matrix, by_bias = tangents
+    output = affine(x, shift, matrix, bias)
+    terms, row = [], []
     if not isinstance(by_x, SymbolicZero):
         terms.append(by_x @ matrix)
-    if not isinstance(by_shift, SymbolicZero):
-        terms.append(jnp.broadcast_to(-(by_shift @ matrix), output.shape))
     if not isinstance(by_matrix, SymbolicZero):
         terms.append((x - shift) @ by_matrix)
+    if not isinstance(by_shift, SymbolicZero):
+        row.append(-(by_shift @ matrix))
+    if not isinstance(by_bias, SymbolicZero):
+        row.append(by_bias)
+    if row:
+        terms.append(over_rows(sum(row[1:], row[0]), output.size // output.shape[-1]).reshape(output.shape))
     return output, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(output)
 
 
-centred_product.defjvp(_centred_product_jvp, symbolic_zeros=True)
+affine.defjvp(_affine_jvp, symbolic_zeros=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from interp_jax.sae.autoencoder import centred_product
+from interp_jax.sae.autoencoder import affine
 from interp_jax.sae.dead_latents import DeadLatents
 
 __all__ = ["N_REVIVED", "auxiliary_loss"]
@@ -43,8 +43,8 @@ def auxiliary_loss(
         coefficient: weight of the loss.
         apply_b_dec_to_input: whether the decoder bias is subtracted from the input.
     """
-    projected = centred_product(x, dead.b_dec, dead.W_enc) if apply_b_dec_to_input else x @ dead.W_enc
-    pre = jnp.where(dead.is_dead, projected + dead.bias, -jnp.inf)
+    shift = dead.b_dec if apply_b_dec_to_input else jnp.zeros(x.shape[1])
+    pre = jnp.where(dead.is_dead, affine(x, shift, dead.W_enc, dead.bias), -jnp.inf)
     threshold = jax.lax.top_k(jax.lax.stop_gradient(pre), min(k_aux, pre.shape[1]))[0][:, -1:]
     codes = jnp.where((pre >= threshold) & (pre > 0), pre, 0)
     return coefficient * jnp.mean(row_weights * jnp.sum(jnp.square(error - codes @ dead.W_dec), axis=1))

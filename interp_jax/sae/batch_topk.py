@@ -57,14 +57,6 @@ class BatchTopKSAE(SparseAutoencoder):
         zeros = {name: jnp.zeros(d_sae) for name in ("b_enc", "threshold")}
         return cls(k=k, **zeros, **random_arrays(d_in, d_sae, key=key, **shape))
 
-    def pre_activations(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
-        """The encoder's output before any is picked.
-
-        Args:
-            x: activations.
-        """
-        return self.projected(x) + self.b_enc[...]
-
     def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
         """Dense codes of activations by the threshold, each row by itself.
 

@@ -68,9 +68,10 @@ class GatedSAE(SparseAutoencoder):
         Args:
             x: activations.
         """
-        projected = self.projected(x)
-        gate = projected + self.b_gate[...]
-        magnitude = jax.nn.relu(projected * jnp.exp(self.r_mag[...]) + self.b_mag[...])
+        gate = self.pre_activations(x)
+        scale = jnp.exp(self.r_mag[...])
+        # The product alone is the gate less its bias.
+        magnitude = jax.nn.relu(gate * scale + (self.b_mag[...] - self.b_gate[...] * scale))
         return gate, jnp.where(gate > 0, magnitude, 0)
 
     def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:

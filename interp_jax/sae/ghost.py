@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from interp_jax.sae.autoencoder import centred_product
+from interp_jax.sae.autoencoder import affine
 from interp_jax.sae.dead_latents import DeadLatents
 
 __all__ = ["ghost_loss"]
@@ -52,8 +52,8 @@ def ghost_loss(
         The loss, whose value is `weight` times the squared error; zero where no latent is dead.
     """
     residual = jax.lax.stop_gradient(error)
-    projected = centred_product(x, dead.b_dec, dead.W_enc) if apply_b_dec_to_input else x @ dead.W_enc
-    exponent = projected + dead.bias
+    shift = dead.b_dec if apply_b_dec_to_input else jnp.zeros(x.shape[1])
+    exponent = affine(x, shift, dead.W_enc, dead.bias)
     if activation == "capped_exp":
         exponent = jnp.minimum(exponent, 0)
     exponent = jnp.where(dead.is_dead, exponent, -jnp.inf)

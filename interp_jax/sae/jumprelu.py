@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
+from interp_jax.sae.column_sums import over_rows
 from interp_jax.sae.relu import dense_outcome
 
 __all__ = ["JumpReLUSAE", "is_above", "jump_relu"]
@@ -96,14 +97,6 @@ class JumpReLUSAE(SparseAutoencoder):
         """The threshold of each latent, whichever way it is stored."""
         return jnp.exp(self.log_threshold[...]) if self.is_log else self.threshold[...]
 
-    def pre_activations(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
-        """What is compared with the thresholds.
-
-        Args:
-            x: activations.
-        """
-        return self.projected(x) + self.b_enc[...]
-
     def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
         """Dense codes of activations.
 
@@ -153,7 +146,8 @@ def _jump_relu_jvp(bandwidth: float, primals: tuple[Array, Array], tangents: tup
     (pre, threshold), (by_pre, by_threshold) = primals, tangents
     output = jump_relu(pre, threshold, bandwidth)
     passed = jnp.where((pre > threshold) & (pre > 0), by_pre, 0)
-    return output, passed - _rectangle(pre, threshold, bandwidth) * (threshold / bandwidth) * by_threshold
+    row = over_rows(threshold / bandwidth * by_threshold, pre.size // pre.shape[-1]).reshape(pre.shape)
+    return output, passed - _rectangle(pre, threshold, bandwidth) * row
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -174,7 +168,8 @@ def is_above(
 def _is_above_jvp(bandwidth: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]):
     (pre, threshold), (_, by_threshold) = primals, tangents
     output = is_above(pre, threshold, bandwidth)
-    return output, -_rectangle(pre, threshold, bandwidth) / bandwidth * by_threshold
+    row = over_rows(by_threshold / bandwidth, pre.size // pre.shape[-1]).reshape(pre.shape)
+    return output, -_rectangle(pre, threshold, bandwidth) * row
 
 
 def _rectangle(pre: Array, threshold: Array, bandwidth: float) -> Array:

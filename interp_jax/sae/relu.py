@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
+from interp_jax.sae.column_sums import count_positive
 
 __all__ = ["ReLUSAE", "dense_outcome", "l1"]
 
@@ -53,7 +54,7 @@ class ReLUSAE(SparseAutoencoder):
         Args:
             x: activations.
         """
-        return jax.nn.relu(self.projected(x) + self.b_enc[...])
+        return jax.nn.relu(self.pre_activations(x))
 
     def objective(
         self,
@@ -75,10 +76,11 @@ def l1(sae: SparseAutoencoder, codes: Float[Array, "batch d_sae"], sparsity: Spa
         codes: its codes.
         sparsity: the coefficient, and whether a code counts times its row's norm.
     """
-    sizes = jnp.mean(codes, axis=0)
     if sparsity.is_norm_weighted:
-        sizes = sizes * jnp.linalg.norm(sae.W_dec[...], axis=1)
-    return sparsity.coefficient * jnp.sum(sizes)
+        sizes = codes @ jnp.linalg.norm(sae.W_dec[...], axis=1)
+    else:
+        sizes = jnp.sum(codes, axis=1)
+    return sparsity.coefficient * jnp.mean(sizes)
 
 
 def dense_outcome(
@@ -101,5 +103,4 @@ def dense_outcome(
     """
     error = target - (sae.decode(codes) + sae.skipped(x))
     squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
-    firings = jnp.sum(codes > 0, axis=0, dtype=jnp.int32)
-    return Outcome(squared_error + penalty, squared_error, error, firings, jnp.zeros(()))
+    return Outcome(squared_error + penalty, squared_error, error, count_positive(codes), jnp.zeros(()))

@@ -36,7 +36,7 @@ from interp_jax.sae.topk import TopKSAE
 from interp_jax.sae.train_config import TrainConfig
 from interp_jax.sae.unit_norm import inside, tangent, to_norm_at_most_one, to_unit_norm
 
-__all__ = ["METRICS", "Knobs", "TrainState", "finished", "initial_state", "step"]
+__all__ = ["METRICS", "Knobs", "TrainState", "finished", "initial_state", "knobs_of", "step"]
 
 METRICS: tuple[str, ...] = ("loss", "fvu", "l0", "dead_share", "rare_share", "penalty", "revival", "learning_rate")
 """What a step tells, in this order: `loss` and its part `penalty`; `revival`, the loss that only revives dead latents
@@ -60,7 +60,7 @@ class Knobs:
     sparsity: Any
     """The coefficient of the penalty, after warm-up."""
     key: Any
-    """A random key."""
+    """Data of a random key: it makes the first directions, and each step folds its number in."""
 
 
 @_pytree("sae", "moments", "idle", "window", "scales", "knobs")
@@ -95,6 +95,19 @@ class FiringWindow:
     """float32 [d_sae]: the share of the last whole window's rows; 1 before there is one."""
 
 
+def knobs_of(config: TrainConfig) -> Knobs:
+    """The knobs of a configuration.
+
+    Args:
+        config: the configuration.
+    """
+    return Knobs(
+        learning_rate=jnp.float32(config.learning_rate),
+        sparsity=jnp.float32(config.sparsity_coefficient),
+        key=jax.random.key_data(jax.random.key(config.seed)),
+    )
+
+
 def random_sae(config: TrainConfig, key: Array) -> SparseAutoencoder:
     """A random autoencoder of the configured kind.
 
@@ -127,18 +140,19 @@ def random_sae(config: TrainConfig, key: Array) -> SparseAutoencoder:
     return sae
 
 
-def initial_state(config: TrainConfig, batch: Any) -> TrainState:
+def initial_state(config: TrainConfig, batch: Any, knobs: Knobs | None = None) -> TrainState:
     """The state before the first step.
 
     Args:
         config: the configuration.
         batch: the first batch; a pair for a transcoder.
+        knobs: what may differ between runs; the configuration's when None.
     """
+    knobs = knobs_of(config) if knobs is None else knobs
     x, target = _split(batch)
     input_scale = _scale(x)
     output_scale = input_scale if target is x else _scale(target)
-    key = jax.random.key(config.seed)
-    sae = random_sae(config, key)
+    sae = random_sae(config, jax.random.wrap_key_data(knobs.key))
     weights = _row_weights(config, target * output_scale)
     sae = sae.replace(b_dec=jnp.average(target, axis=0, weights=weights) * output_scale)
     n = config.d_sae
@@ -148,11 +162,7 @@ def initial_state(config: TrainConfig, batch: Any) -> TrainState:
         idle=jnp.zeros(n, jnp.int32),
         window=FiringWindow(jnp.int32(0), jnp.zeros(n, jnp.int32), jnp.ones(n)),
         scales=(input_scale, output_scale),
-        knobs=Knobs(
-            learning_rate=jnp.float32(config.learning_rate),
-            sparsity=jnp.float32(config.sparsity_coefficient),
-            key=jax.random.key_data(jax.random.fold_in(key, 1)),
-        ),
+        knobs=knobs,
     )
 
 
@@ -184,7 +194,7 @@ def step(
     x = raw_x * state.scales[0]
     target = x if raw_target is raw_x else raw_target * state.scales[1]
     row_weights = _row_weights(config, target)
-    warm = jnp.minimum(1, (number + 1) / max(1, config.sparsity_warmup_steps))
+    warm = jnp.minimum(1, (number + 1) / max(1.0, config.sparsity_warmup_share * config.n_steps))
     sparsity = Sparsity(state.knobs.sparsity * warm, config.is_l1_norm_weighted, config.l0_target)
 
     def loss_of(sae: SparseAutoencoder) -> tuple[Array, Outcome]:
@@ -330,7 +340,7 @@ def _restarted(
         chosen = longest_dead(idle, is_dead, N_LAZY)
     else:
         return sae, moments, idle
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.knobs.key), number)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.knobs.key), number + 1)
     errors = row_weights * jnp.sum(jnp.square(outcome.error), axis=1)
 
     def again(sae: SparseAutoencoder, moments: Any) -> tuple[SparseAutoencoder, Any]:

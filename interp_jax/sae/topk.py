@@ -66,14 +66,6 @@ class TopKSAE(SparseAutoencoder):
         """
         return cls(b_enc=jnp.zeros(d_sae), k=k, **random_arrays(d_in, d_sae, key=key, **shape))
 
-    def pre_activations(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
-        """The encoder's output before the k largest are picked.
-
-        Args:
-            x: activations.
-        """
-        return self.projected(x) + self.b_enc[...]
-
     def encode_topk(self, x: Float[Array, "*batch d_in"]) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
         """The k largest activations, in falling order and none below zero, and the latents that they belong to.
 

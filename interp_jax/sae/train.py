@@ -19,7 +19,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,10 +29,10 @@ from jaxtyping import Array
 
 from interp_jax.sae.autoencoder import SparseAutoencoder
 from interp_jax.sae.checkpoint import restore_latest, save_checkpoint
-from interp_jax.sae.step import METRICS, finished, initial_state, step
+from interp_jax.sae.step import METRICS, TrainState, finished, initial_state, step
 from interp_jax.sae.train_config import TrainConfig
 
-__all__ = ["Batches", "NonFiniteLossError", "train"]
+__all__ = ["Batches", "NonFiniteLossError", "run_loop", "train"]
 
 Batches = Callable[[int], Any] | Iterable[Any]
 """`[batch, d_in]` arrays, or pairs of them for a transcoder: an iterable, or a function from the step (from 0)."""
@@ -70,35 +70,71 @@ def train(
             checkpoint made with another configuration.
         NonFiniteLossError: at the first step whose loss is not finite. Checkpoints hold the state before it.
     """
+
+    def first(number: int, metrics: list[dict[str, float]]) -> None:
+        if on_step is not None:
+            on_step(number, metrics[0])
+
+    initial, run_step = functools.partial(initial_state, config), functools.partial(step, config)
+    state, history = run_loop([config], initial, run_step, batches, first, checkpoint_dir, resume)
+    return finished(state), history
+
+
+def run_loop(
+    configs: Sequence[TrainConfig],
+    initial: Callable[[Any], TrainState],
+    run_step: Callable[[TrainState, Any, Any], tuple[TrainState, Array]],
+    batches: Batches,
+    on_step: Callable[[int, list[dict[str, float]]], None],
+    checkpoint_dir: str | os.PathLike[str] | None,
+    resume: bool,
+) -> tuple[TrainState, list[dict[str, int | float]]]:
+    """The loop that `train` and `sweep` share.
+
+    Args:
+        configs: of each run that one step trains; they agree in all that concerns the loop.
+        initial: makes the state from the first batch.
+        run_step: from state, batch and number of the step to the state and `[metrics]`, or `[runs, metrics]`.
+        batches: as `train` takes them.
+        on_step: called after each step with the steps done so far and each run's metrics.
+        checkpoint_dir: where checkpoints and `metrics.jsonl` are written; None writes nothing.
+        resume: go on from the newest whole checkpoint, if there is one.
+
+    Returns:
+        The last state, and the history: one dictionary every `log_every` steps, with the run's number if there are
+        several.
+    """
     if resume and checkpoint_dir is None:
         raise ValueError("resume needs the checkpoint_dir of the run that is to go on.")
+    config = configs[0]
     directory = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
     first_step, state, history = 0, None, []
     if directory is not None and resume:
-        restored = restore_latest(directory, jax.eval_shape(functools.partial(initial_state, config), _example(config)))
+        restored = restore_latest(directory, jax.eval_shape(initial, _example(config)))
         if restored is not None:
             state, facts, first_step = restored
-            _check_same_config(config, facts["config"], directory)
+            _check_same_configs(configs, facts["configs"], directory)
             history = facts["history"]
 
     stream = _Stream(batches, config, first_step)
     if state is None:
-        state = jax.jit(functools.partial(initial_state, config))(stream.peek())
+        state = jax.jit(initial)(stream.peek())
     log = _MetricsLog(directory, history)
-    step_fn = jax.jit(functools.partial(step, config), donate_argnums=0)
+    step_fn = jax.jit(run_step, donate_argnums=0)
 
     pending: tuple[int, Array] | None = None
 
     def finish(number_and_metrics: tuple[int, Array]) -> None:
         """Takes a step's metrics off the device, which waits for it."""
         number, array = number_and_metrics
-        metrics = dict(zip(METRICS, map(float, np.asarray(array)), strict=True))
-        if not math.isfinite(metrics["loss"]):
+        table = np.asarray(array).reshape(len(configs), len(METRICS))
+        metrics = [dict(zip(METRICS, map(float, row), strict=True)) for row in table]
+        if not any(math.isfinite(one["loss"]) for one in metrics):
             raise NonFiniteLossError(_explain(number, config, directory))
         if number % config.log_every == 0 or number == config.n_steps:
-            log.add({"step": number, **metrics})
-        if on_step is not None:
-            on_step(number, metrics)
+            for run, one in enumerate(metrics):
+                log.add({"step": number, **({"run": run} if len(configs) > 1 else {}), **one})
+        on_step(number, metrics)
 
     for number in range(first_step, config.n_steps):
         batch = stream.next(number)
@@ -111,11 +147,11 @@ def train(
         if directory is not None and (done % config.checkpoint_every == 0 or done == config.n_steps):
             finish(pending)
             pending = None
-            facts = {"config": dataclasses.asdict(config), "history": log.history}
+            facts = {"configs": [dataclasses.asdict(one) for one in configs], "history": log.history}
             save_checkpoint(directory, done, state, facts, keep=config.keep)
     if pending is not None:
         finish(pending)
-    return finished(state), log.history
+    return state, log.history
 
 
 def _example(config: TrainConfig) -> Any:
@@ -197,14 +233,17 @@ class _MetricsLog:
                 file.write(json.dumps(line) + "\n")
 
 
-def _check_same_config(config: TrainConfig, saved: dict[str, Any], directory: pathlib.Path) -> None:
+def _check_same_configs(configs: Sequence[TrainConfig], saved: list[dict[str, Any]], directory: pathlib.Path) -> None:
     """Only what changes no weight may differ."""
     free = {"log_every", "checkpoint_every", "keep"}
-    now = json.loads(json.dumps(dataclasses.asdict(config)))  # as it was saved: lists for tuples
+    now = json.loads(json.dumps([dataclasses.asdict(config) for config in configs]))  # as it was saved
+    if len(now) != len(saved):
+        raise ValueError(f"{directory} holds {len(saved)} runs, not {len(now)}. Use another checkpoint_dir.")
     differing = [
-        f"{name} was {saved.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(now.keys() | saved.keys())
-        if name not in free and now.get(name) != saved.get(name)
+        f"{name} was {before.get(name)!r}, is {after.get(name)!r}" + (f" in run {run}" if len(now) > 1 else "")
+        for run, (before, after) in enumerate(zip(saved, now, strict=True))
+        for name in sorted(after.keys() | before.keys())
+        if name not in free and after.get(name) != before.get(name)
     ]
     if differing:
         raise ValueError(

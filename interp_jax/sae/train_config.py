@@ -24,7 +24,7 @@ _READ_BY: dict[str, set[str]] = {
     "bandwidth": {"jumprelu"},
     "initial_threshold": {"jumprelu"},
     "threshold_parameter": {"jumprelu"},
-    "sparsity_warmup_steps": {"relu", "gated", "jumprelu"},
+    "sparsity_warmup_share": {"relu", "gated", "jumprelu"},
     "k_aux": {"auxiliary_k"},
     "aux_coefficient": {"auxiliary_k"},
     "ghost_variant": {"ghost"},
@@ -61,18 +61,18 @@ class TrainConfig:
     """relu and gated: weight of L1 beside the squared error, for inputs of unit mean square."""
     is_l1_norm_weighted: bool = False
     """relu and gated: whether a code counts times the norm of its dictionary row."""
-    l0_coefficient: float = 1.0
+    l0_coefficient: float = 2.0
     """jumprelu: weight of L0 beside the squared error, for inputs of unit mean square."""
     l0_target: float | None = None
     """jumprelu: the penalty is (L0 / l0_target - 1)^2 instead of L0."""
-    bandwidth: float = 0.1
+    bandwidth: float = 0.3
     """jumprelu: width of the rectangle that estimates thresholds' derivatives, for inputs of unit mean square."""
-    initial_threshold: float = 0.1
+    initial_threshold: float = 1.0
     """jumprelu: where thresholds start, for inputs of unit mean square."""
     threshold_parameter: Literal["threshold", "log_threshold"] = "log_threshold"
     """jumprelu: whether the threshold or its logarithm is trained."""
-    sparsity_warmup_steps: int = 1000
-    """relu, gated and jumprelu: steps over which the coefficient rises from zero."""
+    sparsity_warmup_share: float = 0.1
+    """relu, gated and jumprelu: share of the steps, at the start, over which the coefficient rises from zero."""
     decoder_norm: Literal["unit", "at_most_one", "free"] = "unit"
     """What dictionary rows are held to."""
     n_steps: int = 10_000
@@ -161,7 +161,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
         for name in ("learning_rate", "aux_coefficient", "warmup_steps", "l1_coefficient", "l0_coefficient",
-                     "sparsity_warmup_steps", "ghost_all_steps"):  # fmt: skip
+                     "ghost_all_steps"):  # fmt: skip
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; expected a finite number, zero or more.")
@@ -172,11 +172,13 @@ class TrainConfig:
             raise ValueError(f"l0_target is {self.l0_target}; expected a positive number of latents, or None.")
         if not self.norm_cap > 0:
             raise ValueError(f"norm_cap is {self.norm_cap}; expected a positive number, or inf for none.")
-        for name in ("beta1", "beta2", "decay_share"):
+        for name in ("beta1", "beta2", "decay_share", "sparsity_warmup_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0 and less than 1.")
 
     def _check_unread(self) -> None:
+        if self.has_skip and self.d_out is None:
+            raise ValueError("has_skip without d_out: an autoencoder would learn the path around it and nothing else.")
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         for name, readers in _READ_BY.items():
             if getattr(self, name) != defaults[name] and not readers & {self.architecture, self.revival}:

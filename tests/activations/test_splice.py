@@ -92,9 +92,32 @@ def test_activations_of_a_huge_norm_are_left_alone():
     np.testing.assert_array_equal(np.any(np.asarray(out) != 0, axis=-1), kept)
 
 
+def test_values_of_heads_are_replaced_as_one_vector_a_position():
+    def headed(params, tokens):
+        heads = (params["embed"][tokens] @ params["w"]).reshape(*tokens.shape, 2, D // 2)
+        return ij.site(heads, "attn_heads", layer=0)
+
+    model = make_model()
+    before = np.asarray(headed(model.params, TOKENS))
+    limit = float(np.median(np.linalg.norm(before.reshape(*TOKENS.shape, D), axis=-1)))
+    spliced = splice(headed, lambda value: value[..., ::-1], site="attn_heads", layer=0, keep_above=limit)
+    after = np.asarray(spliced(model.params, jnp.asarray(TOKENS)))
+    flat = before.reshape(*TOKENS.shape, D)
+    kept = np.linalg.norm(flat, axis=-1) > limit
+    kept[:, 0] = True
+    expected = np.where(kept[..., None], flat, flat[..., ::-1]).reshape(before.shape)
+    np.testing.assert_allclose(after, expected, rtol=1e-6)
+
+
 def test_mistakes():
     model = make_model()
     with pytest.raises(ValueError, match="4 rows do not fill a batch of 8"):
         mean_loss(model, TOKENS)
     with pytest.raises(ij.SiteError, match="no site stands in layer 3"):
         mean_loss(model, TOKENS, jnp.zeros_like, layer=3, batch_size=2)
+
+    def pooled(params, tokens):
+        return ij.site(params["embed"][tokens].mean(axis=1), "pooled", layer=0)
+
+    with pytest.raises(ValueError, match=r"site 'pooled' has shape \(4, 6\) for tokens of shape \(4, 8\)"):
+        splice(pooled, jnp.zeros_like, site="pooled", layer=0)(model.params, jnp.asarray(TOKENS))

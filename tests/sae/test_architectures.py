@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from interp_jax.sae import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
-from interp_jax.sae.autoencoder import Sparsity, centred_product
+from interp_jax.sae.autoencoder import Sparsity, affine
+from interp_jax.sae.column_sums import count_positive
 from interp_jax.sae.kth_largest import kth_largest, largest_pairs
 
 D_IN, D_SAE, D_OUT, K = 12, 64, 9, 4
@@ -70,7 +71,8 @@ def test_codes_and_output_equal_numpy(kind, shape):
 
 def dense_loss(sae, x, target, weights, sparsity):
     """The objective in the plainest form, and which codes count as active."""
-    pre = sae.projected(x)
+    stop = jax.lax.stop_gradient
+    pre = (x - sae.b_dec[...] if sae.apply_b_dec_to_input else x) @ sae.W_enc[...]
     penalty, extra = 0.0, 0.0
     norms = jnp.linalg.norm(sae.W_dec[...], axis=1) if sparsity.is_norm_weighted else 1.0
 
@@ -87,14 +89,13 @@ def dense_loss(sae, x, target, weights, sparsity):
         codes = (gate > 0) * jnp.maximum(pre * jnp.exp(sae.r_mag[...]) + sae.b_mag[...], 0)
         opened = jnp.maximum(gate, 0)
         penalty = sparsity.coefficient * jnp.mean(jnp.sum(opened * norms, axis=1))
-        stop = jax.lax.stop_gradient
         extra = squared(opened, stop(sae.W_dec[...]), stop(sae.b_dec[...]), stop(skip))
     elif isinstance(sae, TopKSAE):
         pre = pre + sae.b_enc[...]
-        codes = jnp.where(pre >= jnp.sort(jax.lax.stop_gradient(pre), axis=1)[:, -K, None], jnp.maximum(pre, 0), 0)
+        codes = jnp.where(pre >= jnp.sort(stop(pre), axis=1)[:, -K, None], jnp.maximum(pre, 0), 0)
     else:
         pre = pre + sae.b_enc[...]
-        least = jnp.sort(jax.lax.stop_gradient(pre).ravel())[-K * len(x)]
+        least = jnp.sort(stop(pre).ravel())[-K * len(x)]
         codes = jnp.where(pre >= least, jnp.maximum(pre, 0), 0)
     main = squared(codes, skip=skip)
     if isinstance(sae, MatryoshkaSAE):
@@ -174,23 +175,28 @@ def test_scales_fold_into_the_weights(kind, shape):
     np.testing.assert_array_equal(folded.encode(x) > 0, sae.encode(x * scale_in) > 0)
 
 
-def test_the_centred_product_has_the_derivatives_of_the_plain_one_in_both_modes():
-    keys = jax.random.split(jax.random.key(0), 7)
-    shapes = ((5, 7, 4), (4,), (4, 6))
+def test_the_affine_map_has_the_derivatives_of_the_plain_one_in_both_modes():
+    keys = jax.random.split(jax.random.key(0), 9)
+    shapes = ((5, 7, 4), (4,), (4, 6), (6,))
     args = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False))
-    tangents = tuple(jax.random.normal(key, shape) for key, shape in zip(keys[3:], shapes, strict=False))
+    tangents = tuple(jax.random.normal(key, shape) for key, shape in zip(keys[4:], shapes, strict=False))
 
-    def plain(x, shift, matrix):
-        return (x - shift) @ matrix
+    def plain(x, shift, matrix, bias):
+        return (x - shift) @ matrix + bias
 
-    np.testing.assert_allclose(
-        jax.jvp(centred_product, args, tangents)[1], jax.jvp(plain, args, tangents)[1], atol=1e-5
-    )
-    cotangent = jax.random.normal(keys[6], (5, 7, 6))
-    for ours, reference in zip(
-        jax.vjp(centred_product, *args)[1](cotangent), jax.vjp(plain, *args)[1](cotangent), strict=True
-    ):
-        np.testing.assert_allclose(ours, reference, atol=1e-4)
+    np.testing.assert_allclose(jax.jvp(affine, args, tangents)[1], jax.jvp(plain, args, tangents)[1], atol=1e-5)
+    cotangent = jax.random.normal(keys[8], (5, 7, 6))
+    ours, reference = (jax.vjp(function, *args)[1](cotangent) for function in (affine, plain))
+    for mine, theirs in zip(ours, reference, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    of_bias = jax.grad(lambda bias: jnp.vdot(affine(*args[:3], bias), cotangent))(args[3])
+    np.testing.assert_allclose(of_bias, cotangent.sum((0, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 150])
+def test_positive_entries_are_counted(rows):
+    matrix = np.random.default_rng(0).normal(size=(rows, 33)).astype(np.float32)
+    np.testing.assert_array_equal(count_positive(jnp.asarray(matrix)), (matrix > 0).sum(0))
 
 
 @pytest.mark.caches

@@ -58,7 +58,7 @@ def test_the_auxiliary_gradient_is_that_of_the_dense_formula():
 def ghost_formula(sae, is_dead, error, activation, norm, weight):
     """As the posts write it, over all latents with a mask."""
     stop = jax.lax.stop_gradient
-    pre = sae.projected(X) + sae.b_enc[...]
+    pre = sae.pre_activations(X)
     codes = is_dead * jnp.exp(pre if activation == "exp" else jnp.minimum(pre, 0))
     ghost = codes @ sae.W_dec[...]
     reference = jnp.linalg.norm(error if norm == "residual" else X, axis=1)
@@ -171,7 +171,7 @@ def toy(number):
 @functools.cache
 def dead_share_after(architecture, method):
     """Half the latents start with a bias that keeps them from firing."""
-    options = {"k": 4} if "topk" in architecture else {"sparsity_warmup_steps": 100}
+    options = {"k": 4} if "topk" in architecture else {"sparsity_warmup_share": 0.25}
     if method == "resample":
         options["resample_every"] = 60
     config = TrainConfig(

@@ -1,0 +1,131 @@
+"""Training steps of sparse autoencoders, each beside its peer.
+
+    python -m benchmarks.sae [--d-in 576 --d-sae 9216 --batch 4096 --k 32 --rounds 5 --only relu topk]
+
+A step is whole: forward, backward, Adam, and the constraint on the dictionary. SAELens and sparsify run in processes
+and environments of their own (`make bench-sae` makes them), on the same batch, in turn with ours. The matmul peak is
+that of a 4096-cubed product in JAX, and a dense step counts as 10 * batch * d_in * d_sae operations.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.instrument.rows import Row, report, seconds
+from benchmarks.peer_process import PeerProcess
+from interp_jax.sae import TrainConfig
+from interp_jax.sae.step import initial_state, step
+from interp_jax.sae.superposition import random_directions, superposed
+
+PEAK = 4096
+NEVER = 2**29
+"""Rows after which a latent is dead, where none shall be."""
+AT_MOST = {"relu": 1 / 2.2, "topk": 1 / 4, "gated": 1 / 3, "batch_topk": 1 / 2, "jumprelu": 1 / 2, "matryoshka": None}
+
+
+def stepper(config: TrainConfig, batch: jax.Array, dead: float = 0.0) -> Callable[[], Any]:
+    """A step to be timed, again and again.
+
+    Args:
+        config: the configuration.
+        batch: the batch of every step.
+        dead: share of the latents that are dead, and stay so.
+    """
+    state = jax.jit(functools.partial(initial_state, config))(batch)
+    n_dead = int(dead * config.d_sae)
+    if n_dead:
+        bias = state.sae.encoder_bias
+        state.sae = state.sae.replace(**{bias: state.sae.parameter(bias).at[:n_dead].set(-1e6)})
+        state.idle = state.idle.at[:n_dead].set(2 * config.dead_after)
+    run_step = jax.jit(functools.partial(step, config), donate_argnums=0)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = run_step(state, batch, 5)
+        return state, metrics
+
+    return run
+
+
+def main() -> None:
+    """Prints the table and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("d-in", 576), ("d-sae", 9216), ("batch", 4096), ("k", 32), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", nargs="*", choices=[*AT_MOST, "ghost"], default=[*AT_MOST, "ghost"])
+    sizes = parser.parse_args()
+    directions = random_directions(jax.random.key(0), 4 * sizes.d_in, sizes.d_in)
+    batch = superposed(jax.random.key(1), directions, sizes.batch, sizes.k)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "batch.npy"
+        np.save(path, np.asarray(batch))
+        peers = {
+            name: PeerProcess(f".venv-{name}/bin/python", f"benchmarks.sae.{name}_peer", str(path), str(os.cpu_count()))
+            for name in ("saelens", "sparsify")
+        }
+        try:
+            for architecture in sizes.only:
+                if architecture != "ghost":
+                    rows += architecture_rows(architecture, sizes, batch, peers)
+        finally:
+            for peer in peers.values():
+                peer.close()
+    if "ghost" in sizes.only:
+        rows += ghost_rows(sizes, batch)
+    report("sae", rows, **{name: value for name, value in vars(sizes).items() if name != "only"})
+
+
+def architecture_rows(
+    architecture: str, sizes: argparse.Namespace, batch: jax.Array, peers: dict[str, PeerProcess]
+) -> list[Row]:
+    """A kind of autoencoder beside its peers, and beside the matmul peak."""
+    sparse = {"k": sizes.k} if "topk" in architecture or architecture == "matryoshka" else {}
+    config = TrainConfig(sizes.d_in, sizes.d_sae, architecture, dead_after=NEVER, **sparse)
+    names = ["saelens", "sparsify"] if architecture == "topk" else ["saelens"]
+    for name in names:
+        peers[name].ask("prepare", architecture, sizes.d_sae, sizes.k)
+    square = jax.random.normal(jax.random.key(2), (PEAK, PEAK))
+    product = jax.jit(jnp.matmul)
+    runs = [stepper(config, batch), lambda: product(square, square)]
+    runs += [functools.partial(peers[name].ask, "step", architecture) for name in names]
+    ours, matmul, *others = seconds(runs, sizes.rounds)
+    dense = 10 * sizes.batch * sizes.d_in * sizes.d_sae * matmul / (2 * PEAK**3)
+    what = f"{architecture} step"
+    rows = [
+        Row(f"{what} / {'SAELens' if name == 'saelens' else name}", "s", ours, other, goal)
+        for name, other, goal in zip(names, others, (AT_MOST[architecture], 1 / 1.3), strict=False)
+    ]
+    goal = 1 / 0.78 if architecture == "relu" else None
+    return [*rows, Row(f"{what} / 10 B d n at matmul peak", "s", ours, dense, goal)]
+
+
+def ghost_rows(sizes: argparse.Namespace, batch: jax.Array) -> list[Row]:
+    """A step with ghost gradients beside the same without."""
+    shares = {"a sixteenth": 1 / 16, "a quarter": 1 / 4, "all but one latent": 1 - 1 / sizes.d_sae}
+    make = functools.partial(TrainConfig, sizes.d_in, sizes.d_sae, "relu", dead_after=NEVER // 2)
+    plain = stepper(make(dead_latents="none"), batch)
+    ghosts = [stepper(make(dead_latents="ghost"), batch, share) for share in shares.values()]
+    without, *withs = seconds([plain, *ghosts], sizes.rounds)
+    return [
+        Row(
+            f"relu step with ghost gradients, {share} dead / without",
+            "s",
+            time,
+            without,
+            1.35 if "all" not in share else None,
+        )
+        for share, time in zip(shares, withs, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,470 @@
+"""`interp-jax sae`: train, sweep, evaluate and convert autoencoders from the command line.
+
+A run is a folder:
+
+    run.json          every option as it was resolved
+    activations/      the store: shards of activations, kept for another run on the same site
+    training/         checkpoints and metrics.jsonl
+    sae/              the autoencoder in SAELens' layout
+    evaluation.json   what it does on held-out text
+    run_000/ ...      in a sweep: `sae/` and `evaluation.json` of each run
+
+Whatever was interrupted goes on with `--resume`, from the last whole shard and the last whole checkpoint.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import tomllib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+import yaml
+from jaxtyping import Float, Int
+
+from interp_jax.activations.splice_losses import N_PASSES, splice_losses
+from interp_jax.activations.store import ActivationStore
+from interp_jax.activations.stream import stream_activations
+from interp_jax.activations.text_files import read_documents
+from interp_jax.activations.tokens import pack, split_documents
+from interp_jax.models.known import load
+from interp_jax.models.language_model import LanguageModel
+from interp_jax.progress import advancing, working
+from interp_jax.sae import (
+    SparseAutoencoder,
+    TrainConfig,
+    dictionary_structure,
+    evaluate,
+    load_sae,
+    save_sae,
+    sweep,
+    train,
+)
+from interp_jax.whole_file import write_whole
+
+__all__ = ["EvaluateOptions", "TrainOptions", "from_file", "main", "run_evaluate", "run_sweep", "run_train"]
+
+_SINK = 3.0
+"""Activations of more than this many times the median norm are sinks: left out of training, left alone in splices."""
+_ROWS = 8
+"""Rows of tokens a forward pass."""
+_OWN = ("model", "layer", "site", "text", "n_tokens", "n_held_out", "context", "batch_size", "out", "activations")
+"""The options that are not the autoencoder's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(TrainConfig):
+    """Options of `sae train` and `sae sweep`: where the activations are from, and all of `TrainConfig`."""
+
+    d_in: int = 0
+    """Width of the activations; that of the site, whatever is written here."""
+    d_sae: int = 4096
+    """Number of latents."""
+    n_steps: int = 1000
+    """Training steps, one batch each."""
+    model: str = "smollm2"
+    """`tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file."""
+    layer: int | None = None
+    """The layer; the middle one when left out."""
+    site: str = "resid_post"
+    """The site; `interp-jax sites MODEL` lists them."""
+    text: str = "wikipedia"
+    """`wikipedia`, a text file, a .jsonl file with {"text": ...} a line, or a folder of such files."""
+    n_tokens: int = 200_000
+    """Tokens to make activations of."""
+    n_held_out: int = 16_384
+    """Tokens of other documents to judge by."""
+    context: int = 128
+    """Tokens a row."""
+    batch_size: int = 1024
+    """Activations a training step."""
+    out: pathlib.Path = pathlib.Path("sae_run")
+    """The folder of the run."""
+    activations: pathlib.Path | None = None
+    """The folder of the activation store; `activations` in the run's folder when left out."""
+
+    def __post_init__(self) -> None:
+        """Nothing is checked before the width is known; `config_for` does it."""
+
+    def config_for(self, d_in: int) -> TrainConfig:
+        """The autoencoder's configuration, checked.
+
+        Args:
+            d_in: width of the site.
+        """
+        if self.d_out is not None:
+            raise ValueError(
+                "d_out is set, but the command reads one site: train a transcoder by `interp_jax.sae.train`, with "
+                "batches that are pairs (input, target)."
+            )
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
+        return TrainConfig(**{**values, "d_in": d_in})
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `sae evaluate`."""
+
+    model: str = "smollm2"
+    """`tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file."""
+    layer: int | None = None
+    """The layer; the middle one when left out."""
+    site: str = "resid_post"
+    """The site; `interp-jax sites MODEL` lists them."""
+    text: str = "wikipedia"
+    """`wikipedia`, a text file, a .jsonl file with {"text": ...} a line, or a folder of such files."""
+    n_held_out: int = 16_384
+    """Tokens to judge by, of documents that `sae train` on the same text does not train on."""
+    context: int = 128
+    """Tokens a row."""
+    out: pathlib.Path | None = None
+    """A JSON file to write the numbers to."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs `interp-jax sae ARGS`.
+
+    Args:
+        args: what stands after `sae`.
+    """
+    # The file's values are the defaults of what is parsed, so that an option given beside it goes before it.
+    path = next((after for before, after in itertools.pairwise(args) if before == "--config"), None)
+    path = next((one.removeprefix("--config=") for one in args if one.startswith("--config=")), path)
+    defaults = TrainOptions() if path is None else from_file(pathlib.Path(path))
+    _commands(defaults).cli(prog="interp-jax sae", args=list(args), config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def _commands(defaults: TrainOptions) -> tyro.extras.SubcommandApp:
+    app = tyro.extras.SubcommandApp()
+
+    @app.command(name="train")
+    def train_one(
+        *,
+        options: tyro.conf.OmitArgPrefixes[TrainOptions] = defaults,
+        config: pathlib.Path | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Trains an autoencoder on a model's activations, judges it on held-out text, writes it in SAELens' layout.
+
+        Args:
+            options: Where the activations are from, and how the autoencoder is trained.
+            config: A YAML or TOML file of options; those given beside it go before it.
+            resume: Go on from what an interrupted run left.
+        """
+        run_train(options, resume=resume)
+
+    @app.command(name="sweep")
+    def train_many(
+        *,
+        vary: tyro.conf.UseAppendAction[list[str]],
+        options: tyro.conf.OmitArgPrefixes[TrainOptions] = defaults,
+        config: pathlib.Path | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Trains one autoencoder for every combination of some values, in one program on one stream of activations.
+
+        Args:
+            vary: NAME=VALUE,VALUE of learning_rate, l1_coefficient, l0_coefficient or seed; may be given again.
+            options: Where the activations are from, and how the autoencoders are trained.
+            config: A YAML or TOML file of options; those given beside it go before it.
+            resume: Go on from what an interrupted run left.
+        """
+        run_sweep(options, vary, resume=resume)
+
+    @app.command(name="evaluate")
+    def judge(
+        path: Annotated[pathlib.Path, tyro.conf.Positional],
+        *,
+        options: tyro.conf.OmitArgPrefixes[EvaluateOptions] = EvaluateOptions(),
+    ) -> None:
+        """Judges an autoencoder of any known layout on text: reconstruction, the model's loss, the dictionary.
+
+        Args:
+            path: Its folder.
+            options: Which model, site and text.
+        """
+        run_evaluate(path, options)
+
+    @app.command(name="convert")
+    def convert(
+        path: Annotated[pathlib.Path, tyro.conf.Positional],
+        out: Annotated[pathlib.Path, tyro.conf.Positional],
+        *,
+        layout: Literal["saelens", "sparsify", "gemma_scope", "gemma_scope_2"] = "saelens",
+        model_name: str = "unknown",
+        hook_name: str = "unknown",
+    ) -> None:
+        """Writes an autoencoder in another tool's layout.
+
+        Args:
+            path: Its folder.
+            out: The folder to write to.
+            layout: Which layout.
+            model_name: The model that it is of, where the layout says so.
+            hook_name: The site, where the layout says so.
+        """
+        sae = load_sae(path)
+        facts = {"model_name": model_name, "hook_name": hook_name} if layout == "saelens" else {}
+        save_sae(sae, out, layout=layout, **facts)
+        print(f"{type(sae).__name__} of {sae.d_sae} latents, d_in {sae.d_in}: {out}")
+
+    return app
+
+
+def from_file(path: pathlib.Path, options: type[TrainOptions] = TrainOptions) -> TrainOptions:
+    """Options from a YAML or TOML file; what it does not name keeps its default.
+
+    Args:
+        path: the file.
+        options: which options.
+
+    Raises:
+        ValueError: for another suffix, a file that does not parse, or names that are no options.
+    """
+    content = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".toml":
+            values = tomllib.loads(content)
+        elif path.suffix in (".yaml", ".yml", ".json"):
+            values = yaml.safe_load(content) or {}
+        else:
+            raise ValueError(f"{path}: expected a .yaml, .yml, .json or .toml file.")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} does not parse: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected options by name, as `d_sae: 4096`.")
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{path}: no such options: {', '.join(unknown)}. `interp-jax sae train --help` lists them.")
+    for name in ("out", "activations"):
+        if values.get(name) is not None:
+            values[name] = pathlib.Path(values[name])
+    if "widths" in values:
+        values["widths"] = tuple(values["widths"])
+    return options(**values)
+
+
+def run_train(options: TrainOptions, *, resume: bool) -> None:
+    """Trains one autoencoder and judges it.
+
+    Args:
+        options: of the command.
+        resume: whether to go on from what an interrupted run left.
+    """
+    model, layer, rows, held_out = _prepared(options)
+    store, among, keep_above = _store(options, model, layer, rows)
+    config = options.config_for(store.d_in)
+    _write_options(options, config, layer)
+    batches = store.shuffled(options.batch_size, seed=options.seed, among=among)
+    with advancing("Training", config.n_steps * options.batch_size, unit="activations") as advance:
+        sae, history = train(
+            config,
+            batches,
+            on_step=lambda number, metrics: advance(options.batch_size),
+            checkpoint_dir=options.out / "training",
+            resume=resume,
+        )
+    _save_and_judge(options.out, sae, model, options.site, layer, held_out, keep_above)
+    print(f"last step: fvu {history[-1]['fvu']:.3f}, L0 {history[-1]['l0']:.1f}, dead {history[-1]['dead_share']:.1%}")
+    print(f"The autoencoder is in {options.out / 'sae'}.")
+
+
+def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool) -> None:
+    """Trains an autoencoder for every combination of some values, all in one program, and judges each.
+
+    Args:
+        options: of the command.
+        vary: `name=value,value`, of what may differ in a sweep.
+        resume: whether to go on from what an interrupted run left.
+
+    Raises:
+        ValueError: if a value does not parse, or a name may not differ.
+    """
+    grid = [_values(one) for one in vary]
+    model, layer, rows, held_out = _prepared(options)
+    store, among, keep_above = _store(options, model, layer, rows)
+    combinations = [dict(zip((name for name, _ in grid), values, strict=True)) for values in
+                    itertools.product(*(values for _, values in grid))]  # fmt: skip
+    configs = [dataclasses.replace(options, **values).config_for(store.d_in) for values in combinations]
+    _write_options(options, configs[0], layer, vary=list(vary))
+    batches = store.shuffled(options.batch_size, seed=options.seed, among=among)
+    total = len(configs) * options.n_steps * options.batch_size
+    with advancing(f"Training {len(configs)} autoencoders", total, unit="activations") as advance:
+        runs = sweep(
+            configs,
+            batches,
+            on_step=lambda number, metrics: advance(len(configs) * options.batch_size),
+            checkpoint_dir=options.out / "training",
+            resume=resume,
+        )
+    table = []
+    for number, (run, values) in enumerate(zip(runs, combinations, strict=True)):
+        folder = options.out / f"run_{number:03d}"
+        print(f"\n{folder}: {', '.join(f'{name}={value}' for name, value in values.items()) or 'the options as given'}")
+        found = _save_and_judge(folder, run.sae, model, options.site, layer, held_out, keep_above)
+        table.append({"run": number, **values, **found})
+    write_whole(options.out / "sweep.json", json.dumps(table, indent=1).encode())
+    print(f"\nAll runs side by side: {options.out / 'sweep.json'}")
+
+
+def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
+    """Judges an autoencoder of any known layout on text.
+
+    Args:
+        path: its folder.
+        options: of the command.
+    """
+    sae = load_sae(path)
+    with working(f"Loading {options.model}"):
+        model = load(options.model)
+    layer = _layer(model, options.layer)
+    _, held_out = _token_rows(options.text, model, options.context, None, options.n_held_out)
+    found = _judged(sae, model, options.site, layer, held_out, float("inf"))
+    if options.out is not None:
+        write_whole(options.out, json.dumps(found, indent=1).encode())
+
+
+def _prepared(
+    options: TrainOptions,
+) -> tuple[LanguageModel, int, Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
+    """The model, the layer, and rows to train on and to judge by."""
+    with working(f"Loading {options.model}"):
+        model = load(options.model)
+    rows, held_out = _token_rows(options.text, model, options.context, options.n_tokens, options.n_held_out)
+    return model, _layer(model, options.layer), rows, held_out
+
+
+def _layer(model: LanguageModel, layer: int | None) -> int:
+    if layer is None:
+        return model.n_layers // 2
+    if not 0 <= layer < model.n_layers:
+        raise ValueError(f"{model.name} has no layer {layer}; its layers are 0 to {model.n_layers - 1}.")
+    return layer
+
+
+def _token_rows(
+    text: str, model: LanguageModel, context: int, n_tokens: int | None, n_held_out: int
+) -> tuple[Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
+    """Rows to train on, drawn from all over the text, and rows of other documents."""
+    if text == "wikipedia":
+        from interp_jax.activations.wikipedia import articles
+
+        documents = [article.text for article in articles()]
+    else:
+        documents = read_documents(text)
+    if len(documents) > 1:
+        train_rows, held_out = (pack(part, model.tokenizer, context) for part in split_documents(documents))
+    else:  # one document: its end is held out
+        rows = pack(documents, model.tokenizer, context)
+        cut = max(1, len(rows) * 9 // 10)
+        train_rows, held_out = rows[:cut], rows[cut:]
+    found = []
+    for what, rows, count in (("to train on", train_rows, n_tokens), ("held out", held_out, n_held_out)):
+        n_rows = 0 if count is None else max(_ROWS, count // context)
+        if len(rows) < n_rows:
+            raise ValueError(
+                f"{text} gives {len(rows) * context:,} tokens {what} in rows of {context}; {n_rows * context:,} were "
+                "asked for. Pass more text, or lower n_tokens or n_held_out."
+            )
+        found.append(rows[np.random.default_rng(0).permutation(len(rows))[: n_rows // _ROWS * _ROWS]])
+    return found[0], found[1]
+
+
+def _store(
+    options: TrainOptions, model: LanguageModel, layer: int, rows: Int[np.ndarray, "rows context"]
+) -> tuple[ActivationStore, Int[np.ndarray, "n"], float]:
+    """The activations on disk, the rows of them that are no sinks, and the norm above which one is a sink."""
+    directory = options.activations or options.out / "activations"
+    provenance = {"model": model.name, "site": options.site, "layer": layer, "text": options.text, "rows": len(rows),
+                  "context": options.context}  # fmt: skip
+    batches = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
+
+    def stream(first: int) -> Any:
+        return stream_activations(
+            model.forward, model.params, batches[first:], site=options.site, layer=layer, skip_first=1
+        )
+
+    with working(f"Compiling the pass to {options.site} of layer {layer}"):
+        d_in = next(iter(stream(0))).shape[1]
+    store = ActivationStore(directory, d_in=d_in, provenance=provenance)
+    done = store.n_batches
+    if done < len(batches):
+        total, per_batch = rows.size, _ROWS * options.context
+        with advancing(f"Streaming {options.site} of layer {layer}", total, done=done * per_batch) as advance:
+            store.extend(stream(done), shard_rows=16 * per_batch, advance=lambda _: advance(per_batch))
+    norms = np.concatenate(
+        [np.linalg.norm(store.rows(part).astype(np.float32), axis=1) for part in _chunks(store.n_rows)]
+    )
+    keep_above = _SINK * float(np.median(norms))
+    return store, np.flatnonzero(norms <= keep_above), keep_above
+
+
+def _chunks(n_rows: int, size: int = 16_384) -> list[Int[np.ndarray, "n"]]:
+    return np.split(np.arange(n_rows), range(size, n_rows, size))
+
+
+def _write_options(options: TrainOptions, config: TrainConfig, layer: int, **more: Any) -> None:
+    resolved = {**dataclasses.asdict(config), **{name: getattr(options, name) for name in _OWN}, "layer": layer, **more}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_whole(options.out / "run.json", json.dumps(resolved, indent=1, default=str).encode())
+
+
+def _save_and_judge(
+    folder: pathlib.Path,
+    sae: SparseAutoencoder,
+    model: LanguageModel,
+    site: str,
+    layer: int,
+    held_out: Int[np.ndarray, "rows context"],
+    keep_above: float,
+) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_sae(sae, folder / "sae", layout="saelens", model_name=model.name, hook_name=f"{site}.{layer}")
+    found = _judged(sae, model, site, layer, held_out, keep_above)
+    write_whole(folder / "evaluation.json", json.dumps(found, indent=1).encode())
+    return found
+
+
+def _judged(
+    sae: SparseAutoencoder,
+    model: LanguageModel,
+    site: str,
+    layer: int,
+    held_out: Int[np.ndarray, "rows context"],
+    keep_above: float,
+) -> dict[str, Any]:
+    """All the numbers of an autoencoder on held-out text, printed too."""
+    batches = [held_out[start : start + _ROWS] for start in range(0, len(held_out), _ROWS)]
+    activations: list[Float[np.ndarray, "n d_in"]] = []
+    with advancing("Judging the reconstruction", held_out.size) as advance:
+        for batch in stream_activations(model.forward, model.params, batches, site=site, layer=layer, skip_first=1):
+            activations.append(np.asarray(batch))
+            advance(_ROWS * held_out.shape[1])
+    norms = np.concatenate([np.linalg.norm(batch, axis=1) for batch in activations])
+    keep_above = min(keep_above, _SINK * float(np.median(norms)))
+    found = dict(evaluate(sae, activations).as_dict())
+    with advancing("Judging the model's loss", N_PASSES * held_out.size) as advance:
+        losses = splice_losses(
+            model, held_out, sae, site=site, layer=layer, keep_above=keep_above, batch_size=_ROWS, advance=advance
+        )
+    found |= losses.as_dict()
+    found |= dictionary_structure(sae).as_dict()
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    return found
+
+
+def _values(one: str) -> tuple[str, list[Any]]:
+    name, is_there, values = one.partition("=")
+    types = {"learning_rate": float, "l1_coefficient": float, "l0_coefficient": float, "seed": int}
+    if not is_there or name not in types:
+        raise ValueError(f"--vary {one!r}: expected NAME=VALUE,VALUE with a name of {', '.join(types)}.")
+    try:
+        return name, [types[name](value) for value in values.split(",")]
+    except ValueError:
+        raise ValueError(f"--vary {one!r}: {values!r} are not all {types[name].__name__}s.") from None
