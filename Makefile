@@ -8,8 +8,10 @@ INSTALL := $(UV) pip install --quiet
 PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 
 LIBRARIES := gemma tunix penzai levanter
+PEER_saelens := sae-lens==6.54.12
+PEER_sparsify := eai-sparsify==1.3.3
 
-.PHONY: demo test test-fast test-slow test-newest test-patches test-vocabularies lint format docs docs-serve bench bench-models bench-tpu constraints clean
+.PHONY: demo test test-fast test-slow test-newest test-patches test-vocabularies lint format docs docs-serve bench bench-models bench-sae bench-tpu constraints clean
 
 demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index.html
 	$(BIN)/interp-jax demo --resume
@@ -59,11 +61,13 @@ docs-serve: $(VENV)/.docs
 
 bench: $(VENV)/.dev ## benchmarks, each beside its peer
 	$(BIN)/python -m benchmarks.instrument
-	$(BIN)/python -m benchmarks.sae
 	$(BIN)/python -m benchmarks.pursuit
 
 bench-models: $(VENV)-peers/.done ## our transformer beside PyTorch's and Flax's
 	$(VENV)-peers/bin/python -W ignore -m benchmarks.models
+
+bench-sae: $(VENV)/.dev $(VENV)-saelens/.done $(VENV)-sparsify/.done ## training steps beside SAELens' and sparsify's
+	$(BIN)/python -W ignore -m benchmarks.sae
 
 bench-tpu: $(VENV)-tpu/.done ## compiled ahead of time for TPUs: the layer scan, and whether large models fit; needs none
 	$(VENV)-tpu/bin/python -m benchmarks.instrument.tpu
@@ -74,7 +78,7 @@ constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
 	  --extra demo --extra dev --extra docs -o constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu $(VENV)-peers $(VENV)-patches $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-peers $(VENV)-saelens $(VENV)-sparsify $(VENV)-patches $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.uv:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -97,6 +101,12 @@ $(VENV)/.dev: $(VENV)/.demo
 $(VENV)-tpu/.done: pyproject.toml constraints.txt $(VENV)/.uv
 	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-tpu
 	$(INSTALL) --python $(VENV)-tpu/bin/python -c constraints.txt -e '.[tpu]'
+	@touch $@
+
+# Peers that can share no environment with ours, nor with one another.
+$(VENV)-saelens/.done $(VENV)-sparsify/.done: $(VENV)-%/.done: $(VENV)/.uv
+	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-$*
+	$(INSTALL) --python $(VENV)-$*/bin/python torch==2.13.0 $(PEER_$*)
 	@touch $@
 
 # What a library declares is often far more than its models need: such are installed alone, what they need beside them.

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def architecture_rows(
-    architecture: str, sizes: argparse.Namespace, batch: jax.Array, peers: dict[str, PeerProcess]
+    architecture: Any, sizes: argparse.Namespace, batch: jax.Array, peers: dict[str, PeerProcess]
 ) -> list[Row]:
     """A kind of autoencoder beside its peers, and beside the matmul peak."""
     sparse = {"k": sizes.k} if "topk" in architecture or architecture == "matryoshka" else {}

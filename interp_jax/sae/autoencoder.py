@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from interp_jax.sae.column_sums import over_rows
@@ -175,6 +176,7 @@ class SparseAutoencoder(nnx.Module):
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
+        mesh: Mesh | None = None,
     ) -> Outcome:
         """What training minimises, with what it is made of; differentiable with respect to the autoencoder, not to x.
 
@@ -183,6 +185,7 @@ class SparseAutoencoder(nnx.Module):
             target: what is to be reconstructed: `x`, but for a transcoder.
             row_weights: weight of each row's error.
             sparsity: strength and form of the penalty.
+            mesh: what the arrays lie on (`interp_jax.sae.mesh`); None where that is one device.
         """
         raise NotImplementedError
 

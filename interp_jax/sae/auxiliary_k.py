@@ -11,10 +11,13 @@ constant, and so does this one.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from interp_jax.sae.autoencoder import affine
 from interp_jax.sae.dead_latents import DeadLatents
+from interp_jax.sae.mesh import DATA
 
 __all__ = ["N_REVIVED", "auxiliary_loss"]
 
@@ -31,6 +34,7 @@ def auxiliary_loss(
     k_aux: int,
     coefficient: float,
     apply_b_dec_to_input: bool = True,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """The auxiliary loss, a weighted mean over rows.
 
@@ -42,9 +46,18 @@ def auxiliary_loss(
         k_aux: dead latents that may be used a row.
         coefficient: weight of the loss.
         apply_b_dec_to_input: whether the decoder bias is subtracted from the input.
+        mesh: what the rows are split over; None where that is one device.
     """
     shift = dead.b_dec if apply_b_dec_to_input else jnp.zeros(x.shape[1])
     pre = jnp.where(dead.is_dead, affine(x, shift, dead.W_enc, dead.bias), -jnp.inf)
-    threshold = jax.lax.top_k(jax.lax.stop_gradient(pre), min(k_aux, pre.shape[1]))[0][:, -1:]
+    threshold = _kth_of_rows(jax.lax.stop_gradient(pre), min(k_aux, pre.shape[1]), mesh)
     codes = jnp.where((pre >= threshold) & (pre > 0), pre, 0)
     return coefficient * jnp.mean(row_weights * jnp.sum(jnp.square(error - codes @ dead.W_dec), axis=1))
+
+
+def _kth_of_rows(values: Float[Array, "batch n"], k: int, mesh: Mesh | None) -> Float[Array, "batch 1"]:
+    def kth(values: Array) -> Array:
+        return jax.lax.top_k(values, k)[0][:, -1:]
+
+    # XLA does not split a top-k by rows: left to it, every device would sort the whole batch.
+    return kth(values) if mesh is None else jax.shard_map(kth, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA))(values)

@@ -8,11 +8,12 @@ latents than another; k is their number a row on average. A single row has no ba
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
 from interp_jax.sae.kth_largest import LargestPairs, largest_pairs
-from interp_jax.sae.sparse_pairs import decode_pairs
+from interp_jax.sae.sparse_pairs import decode_largest_on_mesh, decode_pairs
 from interp_jax.sae.topk import check_k
 
 __all__ = ["BatchTopKSAE"]
@@ -81,10 +82,14 @@ class BatchTopKSAE(SparseAutoencoder):
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
+        mesh: Mesh | None = None,
     ) -> Outcome:
         """Squared error; see `SparseAutoencoder.objective`. k alone makes the codes sparse."""
-        pairs = self.batch_pairs(x)
-        decoded, firings = decode_pairs(self, x, pairs, pairs.rows, len(x))
+        if mesh is None:
+            pairs = self.batch_pairs(x)
+            decoded, firings = decode_pairs(self, x, pairs, pairs.rows, len(x))
+        else:
+            (decoded,), firings, pairs = decode_largest_on_mesh(self, x, len(x) * self.k, (self.d_sae,), mesh)
         error = target - (decoded + self.b_dec[...] + self.skipped(x))
         squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
         return Outcome(squared_error, squared_error, error, firings, least_kept(pairs))

@@ -67,7 +67,8 @@ def restore_latest(directory: pathlib.Path, like: Any) -> tuple[Any, dict[str, A
 
     Args:
         directory: the run's folder.
-        like: a pytree with the structure, shapes and dtypes of the state.
+        like: a pytree with the structure, shapes and dtypes of the state. A leaf that tells a sharding is put there,
+            whatever it was saved from; else on one device.
 
     Returns:
         (state, facts, step), or None where there is no whole checkpoint.
@@ -82,7 +83,11 @@ def restore_latest(directory: pathlib.Path, like: Any) -> tuple[Any, dict[str, A
             continue
         whole = json.loads((path / _WHOLE).read_text(encoding="utf-8"))
         leaves = dict(enumerate_leaves(like))
-        abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
+            for name, leaf in leaves.items()
+        }
         with ocp.StandardCheckpointer() as checkpointer:
             saved = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _saved_leaves(checkpointer, path)}
             expected = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in abstract.items()}

@@ -14,12 +14,15 @@ _ROWS = 64
 """Rows a slice: a few megabytes, which stay in the cache."""
 
 
-def count_positive(matrix: Float[Array, "batch n"]) -> Int[Array, "n"]:
+def count_positive(matrix: Float[Array, "batch n"], *, is_split: bool = False) -> Int[Array, "n"]:
     """How many entries of each column are positive.
 
     Args:
         matrix: no derivative is taken through it.
+        is_split: whether its rows are split over devices. Slices would then be sent from one to another.
     """
+    if is_split:
+        return _count(jax.lax.stop_gradient(matrix))
     return jax.lax.platform_dependent(jax.lax.stop_gradient(matrix), cpu=_by_slices, default=_count)
 
 

@@ -13,6 +13,7 @@ the dictionary held constant.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
@@ -88,6 +89,7 @@ class GatedSAE(SparseAutoencoder):
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
+        mesh: Mesh | None = None,
     ) -> Outcome:
         """Squared error, L1 of the gates and their own reconstruction; see `SparseAutoencoder.objective`."""
         gate, codes = self.gates_and_codes(x)
@@ -95,4 +97,4 @@ class GatedSAE(SparseAutoencoder):
         frozen = jax.tree.map(jax.lax.stop_gradient, self)
         alone = target - (frozen.decode(opened) + frozen.skipped(x))
         auxiliary = jnp.mean(row_weights * jnp.sum(jnp.square(alone), axis=1))
-        return dense_outcome(self, codes, x, target, row_weights, l1(self, opened, sparsity) + auxiliary)
+        return dense_outcome(self, codes, x, target, row_weights, l1(self, opened, sparsity) + auxiliary, mesh)

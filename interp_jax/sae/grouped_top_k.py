@@ -24,7 +24,7 @@ def grouped_top_k(values: Float[Array, "batch n"], k: int) -> tuple[Float[Array,
     if n % GROUP or n // GROUP < 4 * k:  # too few groups for the detour to pay
         top, position = jax.lax.top_k(values, k)
         return top, position
-    groups = values.reshape(batch, -1, GROUP)
+    groups = values.reshape(batch, n // GROUP, GROUP)
     _, chosen = jax.lax.top_k(jnp.max(groups, axis=2), k)
     chosen = jnp.sort(chosen, axis=1)  # so that ties are broken by the index in the row
     candidates = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(batch, -1)

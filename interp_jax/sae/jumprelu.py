@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
@@ -111,13 +112,14 @@ class JumpReLUSAE(SparseAutoencoder):
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
+        mesh: Mesh | None = None,
     ) -> Outcome:
         """Squared error plus L0; see `SparseAutoencoder.objective`."""
         pre, thresholds = self.pre_activations(x), self.thresholds()
         codes = jump_relu(pre, thresholds, self.bandwidth)
         l0 = jnp.sum(jnp.mean(is_above(pre, thresholds, self.bandwidth), axis=0))
         measure = l0 if sparsity.l0_target is None else jnp.square(l0 / sparsity.l0_target - 1)
-        return dense_outcome(self, codes, x, target, row_weights, sparsity.coefficient * measure)
+        return dense_outcome(self, codes, x, target, row_weights, sparsity.coefficient * measure, mesh)
 
     def in_units(self, input_scale: Float[Array, ""], output_scale: Float[Array, ""]) -> "JumpReLUSAE":
         """The autoencoder for unscaled activations; see `SparseAutoencoder.in_units`."""

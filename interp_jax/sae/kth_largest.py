@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["LargestPairs", "kth_largest", "largest_pairs"]
+__all__ = ["LargestPairs", "kth_largest", "largest_pairs", "largest_pairs_of_shard"]
 
 GROUP = 16
 
@@ -25,18 +25,23 @@ class LargestPairs(NamedTuple):
     columns: Int[Array, "pairs"]
 
 
-def kth_largest(values: Float[Array, "*shape"], k: int) -> Float[Array, ""]:
+def kth_largest(values: Float[Array, "*shape"], k: int, axes: tuple[str, ...] = ()) -> Float[Array, ""]:
     """The k-th largest of the positive numbers, or zero where there are fewer than k.
 
     Args:
         values: float32; what is not positive counts as zero.
         k: which.
+        axes: of a mesh over which the numbers are split, inside `jax.shard_map`.
     """
     bits = jax.lax.bitcast_convert_type(jax.nn.relu(values), jnp.int32)
 
     def narrow(number: Array, prefix: Array) -> Array:
         candidate = prefix | (1 << (30 - number))
-        return jnp.where(jnp.sum(bits >= candidate, dtype=jnp.int32) >= k, candidate, prefix)
+        count = jnp.sum(bits >= candidate, dtype=jnp.int32)
+        if axes:
+            # More than k are as good as k, and the counts of many shards might not fit 32 bits.
+            count = jax.lax.psum(jnp.minimum(count, k), axes)
+        return jnp.where(count >= k, candidate, prefix)
 
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, narrow, jnp.int32(0)), jnp.float32)
 
@@ -64,6 +69,35 @@ def largest_pairs(values: Float[Array, "batch n"], k: int) -> LargestPairs:
     return LargestPairs(found, row, group_of_row * GROUP + within)
 
 
+def largest_pairs_of_shard(
+    values: Float[Array, "rows n"], k: int, *, rows_axis: str, columns_axis: str
+) -> LargestPairs:
+    """What `largest_pairs` gives, of a matrix that is split over a mesh: a shard's own; inside `jax.shard_map`.
+
+    Args:
+        values: the shard of a float32 matrix.
+        k: how many over all shards; at most the whole matrix' size.
+        rows_axis: the mesh's axis that rows are split over.
+        columns_axis: the mesh's axis that columns are split over.
+
+    Returns:
+        Those of the k largest that are in this shard, their rows and columns counted from its first ones; in as many
+        places as there may be, filled up with zeros.
+    """
+    is_kept = _kept_of_shard(values, k, rows_axis, columns_axis)
+    n, count = values.shape[1], min(k, values.size)
+    if values.size % GROUP or values.size // GROUP <= count:
+        places = _true_places(is_kept.ravel(), count)
+    else:
+        groups = is_kept.reshape(-1, GROUP)
+        chosen = _true_places(jnp.any(groups, axis=1), count)
+        candidates = (chosen >= 0)[:, None] & groups[chosen]
+        within = _true_places(candidates.ravel(), count)
+        of_group, offset = _split(within, GROUP)
+        places = jnp.where(within < 0, -1, chosen[of_group] * GROUP + offset)
+    return LargestPairs(jnp.where(places < 0, 0, values.ravel()[places]), *_split(places, n))
+
+
 def _split(places: Array, width: int) -> tuple[Array, Array]:
     """Row and column of places in a matrix; those that were not found are told by their value."""
     places = jnp.maximum(places, 0)
@@ -77,7 +111,35 @@ def _first_places(values: Float[Array, "n"], k: int) -> Int[Array, "k"]:
     # Ties with the k-th fill what the larger ones leave, the first ones first.
     ties = (values == kth) & (kth > 0)
     room = k - jnp.sum(above, dtype=jnp.int32)
-    is_kept = above | (ties & (jnp.cumsum(ties, dtype=jnp.int32) <= room))
+    return _true_places(above | (ties & (jnp.cumsum(ties, dtype=jnp.int32) <= room)), k)
+
+
+def _true_places(is_kept: Bool[Array, "n"], k: int) -> Int[Array, "k"]:
+    """In rising order, where the first k true ones stand; -1 for those that there are not."""
     running = jnp.cumsum(is_kept, dtype=jnp.int32)
     places = jnp.searchsorted(running, jnp.arange(1, k + 1, dtype=jnp.int32)).astype(jnp.int32)
-    return jnp.where(places < len(values), places, -1)
+    return jnp.where(places < len(is_kept), places, -1)
+
+
+def _kept_of_shard(values: Float[Array, "rows n"], k: int, rows_axis: str, columns_axis: str) -> Bool[Array, "rows n"]:
+    """Which entries of a shard are among the k largest positive ones of all shards."""
+    kth = kth_largest(values, k, (rows_axis, columns_axis))
+    above = jnp.where(kth > 0, values > kth, values > 0)
+    ties = (values == kth) & (kth > 0)
+    room = k - jax.lax.psum(jnp.sum(above, dtype=jnp.int32), (rows_axis, columns_axis))
+    # Ties are counted in the order of the whole matrix: by row, and within a row by column.
+    of_shards = jax.lax.all_gather(jnp.sum(ties, axis=1, dtype=jnp.int32), columns_axis)
+    of_rows = jnp.sum(of_shards, axis=0)
+    of_row_shards = jax.lax.all_gather(jnp.sum(of_rows), rows_axis)
+
+    def of_shards_before(counts: Array, axis: str) -> Array:
+        return jnp.cumsum(counts, axis=0)[jax.lax.axis_index(axis)] - counts[jax.lax.axis_index(axis)]
+
+    before = of_shards_before(of_row_shards, rows_axis) + jnp.cumsum(of_rows) - of_rows
+    before = before + of_shards_before(of_shards, columns_axis)
+
+    def first_ones(ties: Array) -> Array:
+        return ties & (before[:, None] + jnp.cumsum(ties, axis=1, dtype=jnp.int32) <= room)
+
+    # Nearly always the k-th largest is the only one of its size.
+    return above | jax.lax.cond(jnp.sum(of_row_shards) <= room, lambda ties: ties, first_ones, ties)

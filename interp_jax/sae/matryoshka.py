@@ -12,11 +12,12 @@ decoding.
 import itertools
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, Sparsity, random_arrays
 from interp_jax.sae.batch_topk import BatchTopKSAE, least_kept
-from interp_jax.sae.sparse_pairs import decode_pairs
+from interp_jax.sae.sparse_pairs import decode_largest_on_mesh, decode_pairs
 
 __all__ = ["MatryoshkaSAE"]
 
@@ -61,13 +62,18 @@ class MatryoshkaSAE(BatchTopKSAE):
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
+        mesh: Mesh | None = None,
     ) -> Outcome:
         """The mean over prefixes of the squared error; see `SparseAutoencoder.objective`."""
-        pairs = self.batch_pairs(x)
-        segment = jnp.searchsorted(jnp.asarray(self.widths), pairs.columns, side="right").astype(jnp.int32)
-        n_segments = len(self.widths)
-        decoded, firings = decode_pairs(self, x, pairs, segment * len(x) + pairs.rows, n_segments * len(x))
-        outputs = jnp.cumsum(decoded.reshape(n_segments, len(x), -1), axis=0) + self.b_dec[...] + self.skipped(x)
+        if mesh is None:
+            pairs = self.batch_pairs(x)
+            segment = jnp.searchsorted(jnp.asarray(self.widths), pairs.columns, side="right").astype(jnp.int32)
+            n_segments = len(self.widths)
+            decoded, firings = decode_pairs(self, x, pairs, segment * len(x) + pairs.rows, n_segments * len(x))
+            decoded = decoded.reshape(n_segments, len(x), -1)
+        else:
+            decoded, firings, pairs = decode_largest_on_mesh(self, x, len(x) * self.k, self.widths, mesh)
+        outputs = jnp.cumsum(decoded, axis=0) + self.b_dec[...] + self.skipped(x)
         errors = target - outputs
         squared = jnp.mean(row_weights * jnp.sum(jnp.square(errors), axis=2), axis=1)
         return Outcome(jnp.mean(squared), squared[-1], errors[-1], firings, least_kept(pairs))

@@ -10,6 +10,7 @@ rows. Rows are therefore held to norm one (`unit_norm`), or the norm stands in t
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
@@ -62,10 +63,11 @@ class ReLUSAE(SparseAutoencoder):
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
+        mesh: Mesh | None = None,
     ) -> Outcome:
         """Squared error plus L1; see `SparseAutoencoder.objective`."""
         codes = self.encode(x)
-        return dense_outcome(self, codes, x, target, row_weights, l1(self, codes, sparsity))
+        return dense_outcome(self, codes, x, target, row_weights, l1(self, codes, sparsity), mesh)
 
 
 def l1(sae: SparseAutoencoder, codes: Float[Array, "batch d_sae"], sparsity: Sparsity) -> Float[Array, ""]:
@@ -90,6 +92,7 @@ def dense_outcome(
     target: Float[Array, "batch d_out"],
     row_weights: Float[Array, "batch"],
     penalty: Float[Array, ""],
+    mesh: Mesh | None = None,
 ) -> Outcome:
     """The outcome of an objective whose codes are dense: squared error plus a penalty.
 
@@ -100,7 +103,9 @@ def dense_outcome(
         target: what is to be reconstructed.
         row_weights: weight of each row's error.
         penalty: added to the squared error.
+        mesh: what the arrays lie on; None where that is one device.
     """
     error = target - (sae.decode(codes) + sae.skipped(x))
     squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
-    return Outcome(squared_error + penalty, squared_error, error, count_positive(codes), jnp.zeros(()))
+    loss = squared_error + penalty
+    return Outcome(loss, squared_error, error, count_positive(codes, is_split=mesh is not None), jnp.zeros(()))

@@ -5,16 +5,21 @@ row: neither pass makes dense codes, and the choice of the pairs is constant for
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from interp_jax.sae.autoencoder import SparseAutoencoder
-from interp_jax.sae.kth_largest import LargestPairs
+from interp_jax.sae.autoencoder import SparseAutoencoder, affine
+from interp_jax.sae.kth_largest import LargestPairs, largest_pairs_of_shard
 from interp_jax.sae.latent_sums import LatentGroups, group_by_latent, sum_by_latent
+from interp_jax.sae.mesh import DATA, LATENT, WEIGHTS, first_latent, sum_over_shards
 
-__all__ = ["decode_pairs"]
+__all__ = ["decode_largest_on_mesh", "decode_pairs"]
 
 _CHUNK = 2048
 """Pairs whose rows are gathered at a time: a few megabytes, which stay in the cache."""
@@ -80,3 +85,102 @@ _decode.defvjp(_decode_forward, _decode_backward)
 def _product(gradient: Array, W_dec: Array, place_and_latent: tuple[Array, Array]) -> Array:
     place, latent = place_and_latent
     return gradient[place] @ W_dec[latent]
+
+
+def decode_largest_on_mesh(
+    sae: SparseAutoencoder, x: Float[Array, "batch d_in"], n_pairs: int, widths: tuple[int, ...], mesh: Mesh
+) -> tuple[Float[Array, "segments batch d_out"], Int[Array, "d_sae"], LargestPairs]:
+    """What `decode_pairs` gives of a batch's largest pre-activations, where rows and latents are split over devices.
+
+    The pairs are those of one device: the n_pairs-th largest number of all shards is searched for by counts that are
+    summed over the mesh, and of several equal to it those of the first rows are taken, as there.
+
+    All pairs may happen to be one shard's. Where it has no more than twice its share, it works on places for so many;
+    else on places for all, which is as slow as one device.
+
+    Args:
+        sae: the autoencoder, with an encoder bias `b_enc`.
+        x: activations.
+        n_pairs: how many pairs are kept.
+        widths: rising numbers of latents, the last one d_sae: a row has a sum for the latents from each to the next.
+        mesh: the mesh.
+
+    Returns:
+        The sums, differentiable with respect to the autoencoder, without the decoder bias; in how many rows each latent
+        is active; each shard's pairs.
+    """
+    b_dec = sae.b_dec[...]
+    shift = b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d_in, b_dec.dtype)
+    weights = sae.W_enc[...], sae.parameter("b_enc"), sae.W_dec[...], shift
+    return _decode_on_mesh(mesh, n_pairs, widths, weights, jax.lax.stop_gradient(x))
+
+
+_SHARD = P((DATA, LATENT))
+"""Where pairs lie: those of one shard after those of another."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _decode_on_mesh(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], weights: _Weights, x: Array) -> Any:
+    return _decode_on_mesh_forward(mesh, n_pairs, widths, weights, x)[0]
+
+
+def _decode_on_mesh_forward(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], weights: _Weights, x: Array):
+    def of_shard(weights: _Weights, x: Array):
+        W_enc, b_enc, _, shift = weights
+        n_local = W_enc.shape[1]
+        pre = affine(x, shift, W_enc, b_enc)
+        pairs = largest_pairs_of_shard(pre, n_pairs, rows_axis=DATA, columns_axis=LATENT)
+        latents = pairs.columns + first_latent(n_local)
+        segments = jnp.searchsorted(jnp.asarray(widths, jnp.int32), latents, side="right").astype(jnp.int32)
+        places = segments * len(x) + pairs.rows
+
+        def sums(pairs: LargestPairs, places: Array) -> tuple[Array, Array]:
+            by_latent, by_place = _grouped(pairs, places, n_local, len(widths) * len(x))
+            return _decode(weights, x, pairs, places, by_latent, by_place), by_latent.counts
+
+        output, firings = _on_as_few(mesh, n_pairs, pairs, places, sums)
+        output = jax.lax.psum(output.reshape(len(widths), len(x), -1), LATENT)
+        return output, jax.lax.psum(firings, DATA), pairs, places
+
+    specs = {"in_specs": (WEIGHTS, P(DATA)), "out_specs": (P(None, DATA), P(LATENT), _SHARD, _SHARD)}
+    # The loops inside start from zeros, which are the same on all shards, and end in sums that are not.
+    output, firings, pairs, places = jax.shard_map(of_shard, mesh=mesh, check_vma=False, **specs)(weights, x)
+    return (output, firings, pairs), (weights, x, pairs, places)
+
+
+def _decode_on_mesh_backward(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], kept, gradients: tuple[Any, ...]):
+    def of_shard(weights: _Weights, x: Array, pairs: LargestPairs, places: Array, gradient: Array) -> _Weights:
+        gradient = gradient.reshape(len(widths) * len(x), -1)
+
+        def by_weights(pairs: LargestPairs, places: Array) -> _Weights:
+            # Grouped once more, which costs less than to keep groups of either size.
+            by_latent = group_by_latent(pairs.columns, pairs.values > 0, weights[0].shape[1])
+            return _decode_backward((weights, x, pairs, places, by_latent), gradient)[0]
+
+        return sum_over_shards(_on_as_few(mesh, n_pairs, pairs, places, by_weights))
+
+    specs = {"in_specs": (WEIGHTS, P(DATA), _SHARD, _SHARD, P(None, DATA)), "out_specs": WEIGHTS}
+    weights, x, pairs, places = kept
+    by_weights = jax.shard_map(of_shard, mesh=mesh, check_vma=False, **specs)(weights, x, pairs, places, gradients[0])
+    return by_weights, None
+
+
+_decode_on_mesh.defvjp(_decode_on_mesh_forward, _decode_on_mesh_backward)
+
+
+def _grouped(pairs: LargestPairs, places: Array, d_sae: int, n_places: int) -> tuple[LatentGroups, LatentGroups]:
+    is_active = pairs.values > 0
+    return group_by_latent(pairs.columns, is_active, d_sae), group_by_latent(places, is_active, n_places)
+
+
+def _on_as_few(mesh: Mesh, n_pairs: int, pairs: LargestPairs, places: Array, work: Callable[..., Any]) -> Any:
+    """What a function without collectives gives of a shard's pairs, on twice its share of places if they suffice."""
+    few = -(-2 * n_pairs // mesh.size)
+    if few >= len(places):
+        return work(pairs, places)
+
+    def on_few(pairs: LargestPairs, places: Array) -> Any:
+        return work(*jax.tree.map(lambda array: array[:few], (pairs, places)))
+
+    # Pairs that are active come first.
+    return jax.lax.cond(pairs.values[few] > 0, work, on_few, pairs, places)

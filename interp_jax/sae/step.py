@@ -20,6 +20,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity
@@ -176,7 +177,7 @@ def finished(state: TrainState) -> SparseAutoencoder:
 
 
 def step(
-    config: TrainConfig, state: TrainState, batch: Any, number: Int[Array, ""] | int
+    config: TrainConfig, state: TrainState, batch: Any, number: Int[Array, ""] | int, *, mesh: Mesh | None = None
 ) -> tuple[TrainState, Float[Array, "metrics"]]:
     """One step of training.
 
@@ -185,6 +186,7 @@ def step(
         state: before the step.
         batch: `[batch, d_in]` activations; a pair for a transcoder.
         number: of the step, from 0.
+        mesh: what the state and the batch lie on (`interp_jax.sae.mesh`); None where that is one device.
 
     Returns:
         The state after it, and the numbers that `METRICS` names.
@@ -198,13 +200,13 @@ def step(
     sparsity = Sparsity(state.knobs.sparsity * warm, config.is_l1_norm_weighted, config.l0_target)
 
     def loss_of(sae: SparseAutoencoder) -> tuple[Array, Outcome]:
-        outcome = sae.objective(x, target, row_weights, sparsity)
+        outcome = sae.objective(x, target, row_weights, sparsity, mesh)
         return outcome.loss, outcome
 
     (loss, outcome), gradient = jax.value_and_grad(loss_of, has_aux=True)(sae)
     idle = jnp.where(outcome.firings > 0, 0, jnp.minimum(state.idle, 2**30) + len(x)).astype(jnp.int32)
     is_dead = idle > config.dead_after
-    gradient, revival = _revived(config, gradient, sae, x, outcome, row_weights, idle, is_dead, number)
+    gradient, revival = _revived(config, gradient, sae, x, outcome, row_weights, idle, is_dead, number, mesh)
 
     if config.decoder_norm == "unit":
         gradient = gradient.replace(W_dec=tangent(gradient.W_dec[...], sae.W_dec[...]))
@@ -285,6 +287,7 @@ def _revived(
     idle: Int[Array, "d_sae"],
     is_dead: Bool[Array, "d_sae"],
     number: Array | int,
+    mesh: Mesh | None,
 ) -> tuple[SparseAutoencoder, Array]:
     """The gradient with what revives dead latents, and the loss that it is of."""
     error = jax.lax.stop_gradient(outcome.error)
@@ -297,6 +300,7 @@ def _revived(
             k_aux=config.k_aux,
             coefficient=config.aux_coefficient,
             apply_b_dec_to_input=sae.apply_b_dec_to_input,
+            mesh=mesh,
         )
         return add_gradient_of_dead(loss, gradient, sae, idle, is_dead, [min(N_REVIVED, sae.d_sae)])
     if config.revival == "ghost":
@@ -315,6 +319,9 @@ def _revived(
             apply_b_dec_to_input=sae.apply_b_dec_to_input,
         )
         sizes = sorted({max(1, sae.d_sae // part) for part in (16, 4, 1)})
+        if mesh is not None:
+            # Gathered latents go to every device; all of them, where more are dead, stay where they are.
+            sizes = sorted({min(N_REVIVED, sae.d_sae), sae.d_sae})
         reaches = config.ghost_variant != "dead_only_rescaled"
         return add_gradient_of_dead(loss, gradient, sae, idle, is_dead, sizes, reaches_b_dec=reaches)
     return gradient, jnp.zeros(())

@@ -12,19 +12,24 @@ x: an SAE is trained on fixed activations. To differentiate through a splice, us
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
+from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, affine, random_arrays
 from interp_jax.sae.grouped_top_k import grouped_top_k
 from interp_jax.sae.latent_sums import LatentGroups, gathered_sum, group_by_latent, sum_by_latent
+from interp_jax.sae.mesh import DATA, LATENT, WEIGHTS, sum_over_shards
 
-__all__ = ["Reconstruction", "TopKSAE", "reconstruct"]
+__all__ = ["Reconstruction", "TopKSAE", "reconstruct", "reconstruct_on_mesh"]
 
+_SLICE = 256
+"""Rows that are encoded at a time on a CPU: few enough for the cache, enough for a product at full speed."""
 _CHUNK = 64
 """Rows whose k dictionary rows are gathered at a time: a few megabytes, which stay in the cache."""
 
@@ -95,12 +100,16 @@ class TopKSAE(SparseAutoencoder):
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
+        mesh: Mesh | None = None,
     ) -> Outcome:
         """Squared error; see `SparseAutoencoder.objective`. k alone makes the codes sparse."""
-        reconstruction = reconstruct(self, x)
-        error = target - reconstruction.output
+        if mesh is None:
+            output, _, firings = reconstruct(self, x)
+        else:
+            output, firings = reconstruct_on_mesh(self, x, mesh)
+        error = target - output
         squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
-        return Outcome(squared_error, squared_error, error, reconstruction.firings, jnp.zeros(()))
+        return Outcome(squared_error, squared_error, error, firings, jnp.zeros(()))
 
 
 def check_k(k: int, d_sae: int) -> None:
@@ -129,13 +138,28 @@ def reconstruct(sae: TopKSAE, x: Float[Array, "batch d_in"]) -> Reconstruction:
     """
     fixed = jax.tree.map(jax.lax.stop_gradient, sae)
     x = jax.lax.stop_gradient(x)
-    values, indices = fixed.encode_topk(x)
+    values, indices = jax.lax.platform_dependent(
+        x, cpu=functools.partial(_encode_by_slices, fixed), default=fixed.encode_topk
+    )
     groups = group_by_latent(indices.ravel(), values.ravel() > 0, sae.d_sae)
     b_dec = sae.b_dec[...]
     shift = b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d_in, b_dec.dtype)
     weights = sae.W_enc[...], sae.b_enc[...], sae.W_dec[...], shift
     output = _decode(weights, x, values, indices, groups) + b_dec + sae.skipped(x)
     return Reconstruction(output, values, groups.counts)
+
+
+def _encode_by_slices(
+    sae: TopKSAE, x: Float[Array, "batch d_in"]
+) -> tuple[Float[Array, "batch k"], Int[Array, "batch k"]]:
+    """`sae.encode_topk(x)`, slice by slice where the batch is made of whole ones.
+
+    On a CPU a slice's pre-activations are still in the cache when the k largest are picked.
+    """
+    if len(x) % _SLICE or len(x) == _SLICE:
+        return sae.encode_topk(x)
+    values, indices = jax.lax.map(sae.encode_topk, x.reshape(-1, _SLICE, sae.d_in))
+    return values.reshape(-1, sae.k), indices.reshape(-1, sae.k)
 
 
 _Weights = tuple[Array, Array, Array, Array]
@@ -179,3 +203,83 @@ def _gathered_products(
 def _products(matrix: Array, row_and_indices: tuple[Array, Array]) -> Array:
     row, indices = row_and_indices
     return matrix[indices] @ row
+
+
+def reconstruct_on_mesh(
+    sae: TopKSAE, x: Float[Array, "batch d_in"], mesh: Mesh
+) -> tuple[Float[Array, "batch d_out"], Int[Array, "d_sae"]]:
+    """What `reconstruct` gives, where rows and latents are split over devices.
+
+    The latents of a row are those of one device: each shard's k largest pre-activations, k numbers and not their
+    dictionary rows, are shown to all shards, and each keeps those of its own that are among the row's k largest. A tie
+    goes to the lower latent, as it does there.
+
+    Each shard works on places for k latents a row, since all of a row's may be its own. So more shards of latents make
+    the encoder and the optimiser cheaper and not the sparse sums, which more shards of rows do.
+
+    Args:
+        sae: the autoencoder.
+        x: activations.
+        mesh: the mesh.
+
+    Returns:
+        (the reconstruction, in how many rows each latent is active).
+    """
+    b_dec = sae.b_dec[...]
+    shift = b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d_in, b_dec.dtype)
+    weights = sae.W_enc[...], sae.b_enc[...], sae.W_dec[...], shift
+    x = jax.lax.stop_gradient(x)
+    output, firings = cast(Any, _decode_on_mesh(mesh, sae.k, weights, x))
+    return output + b_dec + sae.skipped(x), firings
+
+
+_CODE = (P(DATA, LATENT), P(DATA, LATENT), P((DATA, LATENT)))
+"""Where a sparse code lies: each shard's values, its latents by their numbers within the shard, and their groups."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _decode_on_mesh(mesh: Mesh, k: int, weights: _Weights, x: Array) -> tuple[Array, Array]:
+    return _decode_on_mesh_forward(mesh, k, weights, x)[0]
+
+
+def _decode_on_mesh_forward(mesh: Mesh, k: int, weights: _Weights, x: Array):
+    def of_shard(weights: _Weights, x: Array):
+        W_enc, b_enc, _, shift = weights
+        values, indices = _own_of_topk(affine(x, shift, W_enc, b_enc), k)
+        groups = group_by_latent(indices.ravel(), values.ravel() > 0, W_enc.shape[1])
+        output = _decode(weights, x, values, indices, groups)
+        sums = jax.lax.psum(output, LATENT), jax.lax.psum(groups.counts, DATA)
+        return *sums, (values, indices, groups)
+
+    specs = {"in_specs": (WEIGHTS, P(DATA)), "out_specs": (P(DATA), P(LATENT), _CODE)}
+    # The loops inside start from zeros, which are the same on all shards, and end in sums that are not.
+    output, firings, code = jax.shard_map(of_shard, mesh=mesh, check_vma=False, **specs)(weights, x)
+    return (output, firings), (weights, x, code)
+
+
+def _decode_on_mesh_backward(mesh: Mesh, k: int, kept, gradients: tuple[Array, Any]):
+    def of_shard(weights: _Weights, x: Array, code, gradient: Array) -> _Weights:
+        return sum_over_shards(_decode_backward((weights, x, *code), gradient)[0])
+
+    specs = {"in_specs": (WEIGHTS, P(DATA), _CODE, P(DATA)), "out_specs": WEIGHTS}
+    weights, x, code = kept
+    by_weights = jax.shard_map(of_shard, mesh=mesh, check_vma=False, **specs)(weights, x, code, gradients[0])
+    return by_weights, None
+
+
+_decode_on_mesh.defvjp(_decode_on_mesh_forward, _decode_on_mesh_backward)
+
+
+def _own_of_topk(pre: Float[Array, "rows n"], k: int) -> tuple[Float[Array, "rows own"], Int[Array, "rows own"]]:
+    """Of each row's k largest pre-activations over all shards, those of this shard; zero in the place of others."""
+    values, indices = grouped_top_k(pre, min(k, pre.shape[1]))
+    values, n_own = jax.nn.relu(values), values.shape[1]
+    # Shards stand in the order of their latents, and so do equal numbers within one: ties in the order of latents.
+    everyone = jax.lax.all_gather(values, LATENT, axis=1, tiled=True)
+    kth = jax.lax.top_k(everyone, min(k, everyone.shape[1]))[0][:, -1:]
+    is_above = ~(everyone <= kth)  # and not `>`, so that NaN is kept and seen in the loss
+    room = k - jnp.sum(is_above, axis=1, keepdims=True)
+    is_tie = everyone == kth
+    is_kept = is_above | (is_tie & (jnp.cumsum(is_tie, axis=1) <= room))
+    own = jax.lax.dynamic_slice_in_dim(is_kept, jax.lax.axis_index(LATENT) * n_own, n_own, axis=1)
+    return jnp.where(own, values, 0), indices

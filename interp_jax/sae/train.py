@@ -25,10 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from interp_jax.sae.autoencoder import SparseAutoencoder
 from interp_jax.sae.checkpoint import restore_latest, save_checkpoint
+from interp_jax.sae.mesh import place_batch, shardings, training_mesh
 from interp_jax.sae.step import METRICS, TrainState, finished, initial_state, step
 from interp_jax.sae.train_config import TrainConfig
 
@@ -46,6 +48,7 @@ def train(
     config: TrainConfig,
     batches: Batches,
     *,
+    mesh: Mesh | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -57,17 +60,22 @@ def train(
         batches: `[batch, d_in]` arrays, one a step; pairs `(input, target)` where `config.d_out` is set. With a
             function of the step a resumed run asks for nothing that it does not need; an iterable is run through from
             its start to where the run had stopped.
+        mesh: devices to train on: a mesh of axes `data`, over which a batch's rows are split, and `latent`, over which
+            the dictionary is (`interp_jax.sae.mesh`). The losses are those of one device but for rounding. None is one
+            device. A run may go on from its checkpoint on another mesh, or on none.
         on_step: called after each step with the steps done so far and that step's metrics.
         checkpoint_dir: where checkpoints and `metrics.jsonl` are written; None writes nothing.
         resume: go on from the newest whole checkpoint in `checkpoint_dir`, if there is one. Else what is there is
             replaced.
 
     Returns:
-        (the SAE, for activations as they come; the metrics, one dictionary every `log_every` steps).
+        (the SAE, for activations as they come, its arrays on the mesh if there is one; the metrics, one dictionary
+        every `log_every` steps).
 
     Raises:
-        ValueError: before any long work, for batches of another width than `d_in`, empty or ending too soon, or a
-            checkpoint made with another configuration.
+        ValueError: before any long work, for batches of another width than `d_in`, empty or ending too soon, a
+            checkpoint made with another configuration, or a mesh of other axes or of sizes that do not divide the batch
+            and d_sae.
         NonFiniteLossError: at the first step whose loss is not finite. Checkpoints hold the state before it.
     """
 
@@ -75,8 +83,10 @@ def train(
         if on_step is not None:
             on_step(number, metrics[0])
 
-    initial, run_step = functools.partial(initial_state, config), functools.partial(step, config)
-    state, history = run_loop([config], initial, run_step, batches, first, checkpoint_dir, resume)
+    if mesh is not None:
+        mesh = training_mesh(mesh, config.d_sae)
+    initial, run_step = functools.partial(initial_state, config), functools.partial(step, config, mesh=mesh)
+    state, history = run_loop([config], initial, run_step, batches, first, checkpoint_dir, resume, mesh)
     return finished(state), history
 
 
@@ -88,6 +98,7 @@ def run_loop(
     on_step: Callable[[int, list[dict[str, float]]], None],
     checkpoint_dir: str | os.PathLike[str] | None,
     resume: bool,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, list[dict[str, int | float]]]:
     """The loop that `train` and `sweep` share.
 
@@ -99,6 +110,7 @@ def run_loop(
         on_step: called after each step with the steps done so far and each run's metrics.
         checkpoint_dir: where checkpoints and `metrics.jsonl` are written; None writes nothing.
         resume: go on from the newest whole checkpoint, if there is one.
+        mesh: what the state and the batches lie on; None where that is one device.
 
     Returns:
         The last state, and the history: one dictionary every `log_every` steps, with the run's number if there are
@@ -109,18 +121,23 @@ def run_loop(
     config = configs[0]
     directory = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
     first_step, state, history = 0, None, []
+    example = functools.partial(jax.eval_shape, initial, _example(config))
+    # Where a state lies before a step it lies after it, which is also what lets the step take over its memory.
+    where = None if mesh is None else shardings(mesh, example())
     if directory is not None and resume:
-        restored = restore_latest(directory, jax.eval_shape(initial, _example(config)))
+        restored = restore_latest(directory, example() if where is None else _lying(example(), where))
         if restored is not None:
             state, facts, first_step = restored
             _check_same_configs(configs, facts["configs"], directory)
             history = facts["history"]
 
-    stream = _Stream(batches, config, first_step)
+    place = jnp.asarray if mesh is None else functools.partial(place_batch, mesh)
+    stream = _Stream(batches, config, first_step, place)
     if state is None:
-        state = jax.jit(initial)(stream.peek())
+        state = jax.jit(initial, out_shardings=where)(stream.peek())
     log = _MetricsLog(directory, history)
-    step_fn = jax.jit(run_step, donate_argnums=0)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    step_fn = jax.jit(run_step, donate_argnums=0, out_shardings=(where, everywhere))
 
     pending: tuple[int, Array] | None = None
 
@@ -154,6 +171,15 @@ def run_loop(
     return state, log.history
 
 
+def _lying(shapes: Any, where: Any) -> Any:
+    """Shapes that tell where their arrays are to lie."""
+
+    def of_leaf(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(of_leaf, shapes, where)
+
+
 def _example(config: TrainConfig) -> Any:
     """The shape of a batch of one row."""
     x = jax.ShapeDtypeStruct((1, config.d_in), jnp.float32)
@@ -163,7 +189,8 @@ def _example(config: TrainConfig) -> Any:
 class _Stream:
     """Batches by step, checked as they come."""
 
-    def __init__(self, batches: Batches, config: TrainConfig, first_step: int):
+    def __init__(self, batches: Batches, config: TrainConfig, first_step: int, place: Callable[[Any], Array]):
+        self._place = place
         self._widths = (config.d_in,) if config.d_out is None else (config.d_in, config.d_out)
         self._first_step = first_step
         self._at: Callable[[int], Any] | None = None
@@ -208,7 +235,7 @@ class _Stream:
                 raise ValueError(f"the batch of step {step} has shape {shape}; expected [batch, {width}], not empty.")
         if shapes[0][0] != shapes[-1][0]:
             raise ValueError(f"the batch of step {step} has {shapes[0][0]} inputs and {shapes[-1][0]} targets.")
-        arrays = tuple(map(jnp.asarray, parts))
+        arrays = tuple(map(self._place, parts))
         return arrays if len(arrays) == 2 else arrays[0]
 
 

@@ -412,6 +412,7 @@ def test_threads_do_not_see_each_others_sites(model):
     assert counts == [1, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_flax_llama_of_transformers():
     from transformers import FlaxLlamaForCausalLM, LlamaConfig

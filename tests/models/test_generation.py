@@ -85,6 +85,7 @@ def test_an_intervention_is_that_of_a_pass_over_the_whole_text(llama, where):
     assert generated != ij.generate(llama, PROMPTS, max_new_tokens=NEW).rows()
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_a_pass_over_the_whole_text(llama):
     sites = ("resid_post", "q", "attn_probs", "logits")
     generated = ij.generate(llama, PROMPTS, max_new_tokens=NEW, fetch_sites=sites, fetch_layers=(0, 2, None))
@@ -104,6 +105,7 @@ def test_activations_are_those_of_a_pass_over_the_whole_text(llama):
         np.testing.assert_allclose(probs[:, :, n_pads:], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loop_is_the_same_as_the_function(llama):
     seen = []
     loop = ij.iterate_generation(llama, PROMPTS, max_new_tokens=3, sites="resid_post", layers=(1, 2))
@@ -136,6 +138,7 @@ def test_a_loop_that_is_left_ends_the_generation(llama):
     assert float(jnp.ones(3).sum()) == 3.0
 
 
+@pytest.mark.slow
 def test_a_row_ends_at_its_stop_token(llama):
     free = ij.generate(llama, PROMPTS, max_new_tokens=NEW).rows()
     stop = free[0][2]
@@ -201,6 +204,7 @@ def test_prompts_as_text():
     assert ij.generate(tiny, texts[0], max_new_tokens=12, stop_tokens=()).texts() == by_text.texts()[:1]
 
 
+@pytest.mark.slow
 def test_texts_begin_with_bos_where_the_model_expects_it_and_end_at_its_stop_tokens():
     tiny = load_tiny()
     prompt = "The city is one of the largest"

@@ -192,6 +192,7 @@ def test_the_tokenizer_covers_every_byte_and_refuses_what_it_cannot_fill():
         train_tiny.train_tokenizer(["ab"], 400)
 
 
+@pytest.mark.slow
 def test_dropout_zeroes_its_share_and_keeps_the_mean(tiny):
     tokens = jnp.array([tiny.tokenizer.encode(PROSE)[:16]])
     loss = jax.jit(train_tiny.loss_with_dropout, static_argnums=3)
@@ -210,6 +211,7 @@ def cycle(n_rows: int, length: int = 8) -> np.ndarray:
     return (np.arange(n_rows)[:, None] * 3 + np.arange(length)) % 7
 
 
+@pytest.mark.slow
 @pytest.mark.caches  # hundreds of steps: the leak checker would trace each anew
 def test_training_learns_a_cycle_and_is_the_same_twice():
     texts = Texts(train=np.arange(800) % 7, stopping=cycle(4), held_out=cycle(5))
@@ -220,6 +222,7 @@ def test_training_learns_a_cycle_and_is_the_same_twice():
     jax.tree.map(np.testing.assert_array_equal, model, again)
 
 
+@pytest.mark.slow
 @pytest.mark.caches
 def test_training_stops_early_and_returns_the_best_parameters():
     # Training text counts up, the stopping rows count down: the better it learns the one, the worse it is at the other.
@@ -231,6 +234,7 @@ def test_training_stops_early_and_returns_the_best_parameters():
     assert float(loss) == pytest.approx(min(stopping), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_too_high_is_told():
     texts = Texts(train=np.arange(800) % 7, stopping=cycle(4), held_out=cycle(5))
     wild = dataclasses.replace(SMALL, learning_rate=1e30, warmup=1)

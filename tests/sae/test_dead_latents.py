@@ -187,6 +187,7 @@ def dead_share_after(architecture, method):
     return found["dead_share"]
 
 
+@pytest.mark.slow
 @pytest.mark.caches
 @pytest.mark.parametrize(
     ("architecture", "method", "at_most"),

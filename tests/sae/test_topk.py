@@ -42,6 +42,7 @@ def test_encode_decode_and_call_equal_numpy():
     assert (np.diff(values, axis=1) <= 0).all()
 
 
+@pytest.mark.caches
 @pytest.mark.parametrize("bias", [0.0, -6.0], ids=["k active", "often fewer than k active"])
 def test_the_sparse_training_path_has_the_dense_one_s_values_and_gradients(bias):
     sae = sae_of(1, d_sae=64, k=5)

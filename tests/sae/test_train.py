@@ -50,6 +50,7 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(arrays_of(ours)[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_trained_sae_finds_the_directions_in_superposition():
     config = TrainConfig(40, 192, k=3, n_steps=1200, learning_rate=3e-3, dead_after=10_000, k_aux=32)
     sae, history = train(config, toy)
@@ -62,6 +63,7 @@ def test_a_trained_sae_finds_the_directions_in_superposition():
     assert found.fvu == pytest.approx(history[-1]["fvu"], rel=0.25)
 
 
+@pytest.mark.slow
 def test_rows_of_huge_norm_do_not_take_over():
     def with_outliers(step):
         return toy(step).at[7].set(2000.0 * jnp.where(jnp.arange(40) == 3, 1.0, 0.02))
@@ -179,6 +181,7 @@ TOY = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
     (tmp_path / "tests_toy.py").write_text(textwrap.dedent(TOY))
     (tmp_path / "child.py").write_text(textwrap.dedent(CHILD))

@@ -1,0 +1,158 @@
+"""`interp-jax sae`: from text to a judged autoencoder, swept, evaluated and converted, on the tiny model."""
+
+import json
+import pathlib
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from interp_jax.activations.wikipedia import articles
+from interp_jax.sae import JumpReLUSAE, TopKSAE, checkpoint, load_sae
+from interp_jax.sae_command import TrainOptions, from_file, main
+
+pytestmark = [pytest.mark.demo, pytest.mark.caches]
+
+SMALL = ["--model", "tiny", "--d-sae", "64", "--n-tokens", "2048", "--n-held-out", "1024", "--context", "64",
+         "--batch-size", "128", "--n-steps", "12", "--log-every", "4", "--checkpoint-every", "4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A few articles, one a line."""
+    path = tmp_path_factory.mktemp("text") / "articles.jsonl"
+    path.write_text("".join(json.dumps({"text": article.text}) + "\n" for article in articles()[:8]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    main(["train", *SMALL, "--k", "5", "--text", text, "--out", str(out)])
+    return out
+
+
+def test_a_run_leaves_an_autoencoder_that_can_be_loaded_with_its_options_and_numbers(run, text):
+    sae = load_sae(run / "sae")
+    assert isinstance(sae, TopKSAE)
+    assert (sae.d_in, sae.d_sae, sae.k) == (128, 64, 5)
+    options = json.loads((run / "run.json").read_text())
+    assert options["layer"] == 2
+    assert options["text"] == text
+    assert options["d_in"] == 128
+    found = json.loads((run / "evaluation.json").read_text())
+    assert 0 < found["l0"] <= 5
+    assert found["clean"] < found["spliced"] < found["zero_ablated"]
+    config = json.loads((run / "sae" / "cfg.json").read_text())
+    assert config["metadata"]["hook_name"] == "resid_post.2"
+    lines = [json.loads(line) for line in (run / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+
+
+@pytest.mark.slow
+def test_the_resolved_options_are_a_config_for_the_same_run(run, tmp_path):
+    again = tmp_path / "again"
+    main(["train", "--config", str(run / "run.json"), "--out", str(again)])
+    first, second = load_sae(run / "sae"), load_sae(again / "sae")
+    np.testing.assert_array_equal(first.W_dec[...], second.W_dec[...])
+    assert json.loads((again / "run.json").read_text())["out"] == str(again), "an option goes before the file"
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(run, text, tmp_path, monkeypatch):
+    command = ["train", *SMALL, "--k", "5", "--text", text, "--out", str(tmp_path / "cut")]
+    save = checkpoint.save_checkpoint
+
+    def save_and_stop(directory, step, *args, **more):
+        save(directory, step, *args, **more)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["interp_jax.sae.train"], "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    monkeypatch.undo()
+    main([*command, "--resume"])
+    np.testing.assert_array_equal(load_sae(tmp_path / "cut" / "sae").W_dec[...], load_sae(run / "sae").W_dec[...])
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_every_combination_on_one_store(run, text, tmp_path):
+    config = tmp_path / "options.yaml"
+    config.write_text(
+        yaml.safe_dump({"architecture": "jumprelu", "text": text, "activations": str(run / "activations")})
+    )
+    out = tmp_path / "sweep"
+    main(["sweep", "--config", str(config), *SMALL, "--out", str(out), "--vary", "l0_coefficient=0.1,30", "--vary",
+          "seed=0,1"])  # fmt: skip
+    table = json.loads((out / "sweep.json").read_text())
+    assert [(line["l0_coefficient"], line["seed"]) for line in table] == [(0.1, 0), (0.1, 1), (30, 0), (30, 1)]
+    assert not (out / "activations").exists(), "the store that was given is used"
+    saes = [load_sae(out / f"run_{number:03d}" / "sae") for number in range(4)]
+    assert all(isinstance(sae, JumpReLUSAE) for sae in saes)
+    assert float(jnp.mean(saes[2].thresholds())) > float(jnp.mean(saes[0].thresholds()))
+    assert not (saes[0].W_dec[...] == saes[1].W_dec[...]).all()
+
+
+@pytest.mark.slow
+def test_evaluate_and_convert(run, text, tmp_path, capsys):
+    main(["convert", str(run / "sae"), str(tmp_path / "other"), "--layout", "sparsify"])
+    assert (tmp_path / "other" / "sae.safetensors").exists()
+    options = ["--model", "tiny", "--text", text, "--n-held-out", "1024", "--context", "64"]
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "other"), *options, "--out", str(tmp_path / "numbers.json")])
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    trained = json.loads((run / "evaluation.json").read_text())
+    for name in ("l0", "fvu", "spliced", "kurtosis"):
+        assert found[name] == pytest.approx(trained[name], rel=1e-3)
+        assert name in printed
+
+
+def test_options_come_from_yaml_and_toml_alike(tmp_path):
+    (tmp_path / "a.yaml").write_text("d_sae: 128\narchitecture: matryoshka\nwidths: [32, 128]\nout: there\n")
+    (tmp_path / "a.toml").write_text('d_sae = 128\narchitecture = "matryoshka"\nwidths = [32, 128]\nout = "there"\n')
+    options = from_file(tmp_path / "a.yaml")
+    assert options == from_file(tmp_path / "a.toml")
+    assert options == TrainOptions(d_sae=128, architecture="matryoshka", widths=(32, 128), out=pathlib.Path("there"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "d_sea: 128", "no such options: d_sea"),
+        ("a.yaml", "- 1", "holds a list; expected options by name"),
+        ("a.yaml", "{", "does not parse"),
+        ("a.toml", "d_sae =", "does not parse"),
+        ("a.ini", "x", r"expected a \.yaml"),
+    ],
+)
+def test_a_config_with_a_fault_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        from_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layer", "9"], "tiny.* has no layer 9; its layers are 0 to 3"),
+        (["--n-tokens", "9000000"], "9,000,000 were asked for"),
+        (["--k", "65"], "k is 65; expected 1 to d_sae = 64"),
+        (["--architecture", "relu", "--k", "7"], "k is 7, but architecture='relu'"),
+        (["--d-out", "128"], "reads one site"),
+    ],
+)
+def test_what_cannot_be_trained_is_told(text, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        main(["train", *SMALL, "--text", text, "--out", str(tmp_path / "run"), *more])
+
+
+def test_a_sweep_over_something_else_is_refused(text, tmp_path):
+    with pytest.raises(ValueError, match="expected NAME=VALUE,VALUE with a name of learning_rate"):
+        main(["sweep", *SMALL, "--text", text, "--out", str(tmp_path / "run"), "--vary", "d_sae=1,2"])
+    with pytest.raises(ValueError, match="are not all floats"):
+        main(["sweep", *SMALL, "--text", text, "--out", str(tmp_path / "run"), "--vary", "learning_rate=1e-3,x"])
