@@ -69,9 +69,10 @@ bench-models: $(VENV)-peers/.done ## our transformer beside PyTorch's and Flax's
 bench-sae: $(VENV)/.dev $(VENV)-saelens/.done $(VENV)-sparsify/.done ## training steps beside SAELens' and sparsify's
 	$(BIN)/python -W ignore -m benchmarks.sae
 
-bench-tpu: $(VENV)-tpu/.done ## compiled ahead of time for TPUs: the layer scan, and whether large models fit; needs none
+bench-tpu: $(VENV)-tpu/.done ## compiled ahead of time for TPUs: the layer scan, and whether large models and autoencoders fit; needs none
 	$(VENV)-tpu/bin/python -m benchmarks.instrument.tpu
 	$(VENV)-tpu/bin/python -W ignore -m benchmarks.models.large
+	$(VENV)-tpu/bin/python -W ignore -m benchmarks.sae.large
 
 constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
 	$(UV) pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --upgrade \
