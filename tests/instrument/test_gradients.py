@@ -81,6 +81,7 @@ def test_outside_jit(model):
     close(list(gradients.values()), [expected[0, "resid_post"], expected[3, "resid_post"]])
 
 
+@pytest.mark.slow
 def test_together_with_edits_from_a_pass_inside():
     def steered(fn, x, w):
         for layer, _, value in (running := ij.iterate(fn, sites="mlp_out", layers=(0, 2))(x, w)):
@@ -113,6 +114,7 @@ def test_a_model_that_differentiates_itself(model):
     close(list(gradients.values()), expected)
 
 
+@pytest.mark.slow
 @models
 def test_gradients_are_differentiated_and_vmapped(model):
     def objective(x):
@@ -155,6 +157,7 @@ def test_what_the_objective_does_not_depend_on_has_gradient_zero():
     assert [bool(gradient.any()) for gradient in gradients.values()] == [True, True, False, False]
 
 
+@pytest.mark.slow
 def test_an_objective_of_what_the_function_returns():
     def forward(x, w):
         return {"out": scanned(x, w), "other": x.sum()}

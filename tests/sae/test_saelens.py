@@ -27,6 +27,8 @@ from interp_jax.sae import (
 )
 from interp_jax.whole_file import write_whole
 
+pytestmark = pytest.mark.caches  # files are compared: tracing every small operation anew would take a minute
+
 HERE = pathlib.Path(__file__).parent
 THEIRS = HERE / "data" / "saelens"
 EXPECTED = dict(np.load(THEIRS / "expected.npz", allow_pickle=False))

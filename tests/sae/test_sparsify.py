@@ -14,6 +14,8 @@ import safetensors.numpy
 from interp_jax.sae import ReLUSAE, TopKSAE, load_sae, save_sae
 from interp_jax.sae.sparsify import load_sparsify, save_sparsify
 
+pytestmark = pytest.mark.caches  # files are compared: tracing every small operation anew would take a minute
+
 HERE = pathlib.Path(__file__).parent
 THEIRS = HERE / "data" / "sparsify"
 EXPECTED = dict(np.load(THEIRS / "expected.npz", allow_pickle=False))
