@@ -10,6 +10,8 @@ from interp_jax.sae.autoencoder import Sparsity, affine
 from interp_jax.sae.column_sums import count_positive
 from interp_jax.sae.kth_largest import kth_largest, largest_pairs
 
+pytestmark = pytest.mark.caches  # dozens of small programs: traced anew each, they would take minutes
+
 D_IN, D_SAE, D_OUT, K = 12, 64, 9, 4
 KINDS = {
     "relu": (ReLUSAE, {}),
@@ -103,7 +105,6 @@ def dense_loss(sae, x, target, weights, sparsity):
     return main + penalty + extra, codes
 
 
-@pytest.mark.caches
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["relu", "gated", "topk", "batch_topk", "matryoshka"])
 def test_objectives_have_the_values_and_gradients_of_the_dense_formula(kind, shape):
@@ -199,7 +200,6 @@ def test_positive_entries_are_counted(rows):
     np.testing.assert_array_equal(count_positive(jnp.asarray(matrix)), (matrix > 0).sum(0))
 
 
-@pytest.mark.caches
 @pytest.mark.parametrize("n", [48, 50], ids=["in groups", "not in groups"])
 @pytest.mark.parametrize("k", [1, 40, 200])
 @pytest.mark.parametrize("values", ["distinct", "tied", "few positive"])

@@ -17,6 +17,8 @@ from interp_jax.sae.step import METRICS, initial_state, step
 from interp_jax.sae.superposition import random_directions, superposed
 from interp_jax.sae.unit_norm import inside, tangent, to_norm_at_most_one, to_unit_norm
 
+pytestmark = pytest.mark.caches  # dozens of small programs: traced anew each, they would take minutes
+
 D_SAE = 30
 X = jax.random.normal(jax.random.key(1), (50, 8))
 WEIGHTS = jnp.linspace(0.2, 1, 50)
@@ -188,7 +190,6 @@ def dead_share_after(architecture, method):
 
 
 @pytest.mark.slow
-@pytest.mark.caches
 @pytest.mark.parametrize(
     ("architecture", "method", "at_most"),
     [

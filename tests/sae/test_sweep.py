@@ -29,7 +29,7 @@ def toy(number):
     return superposed(jax.random.key(number), DIRECTIONS, 64, 3) * 5.0
 
 
-@pytest.mark.parametrize("how", ["map", "vmap"])
+@pytest.mark.parametrize("how", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_each_run_is_what_it_is_alone(how):
     runs = sweep(CONFIGS, toy, how=how)
     assert [run.config for run in runs] == CONFIGS
@@ -43,6 +43,7 @@ def test_each_run_is_what_it_is_alone(how):
     assert runs[1].history[-1]["penalty"] > 4 * runs[0].history[-1]["penalty"]
 
 
+@pytest.mark.slow
 def test_a_resumed_sweep_ends_with_the_same_bits(tmp_path):
     class Stop(Exception):
         pass

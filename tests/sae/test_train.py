@@ -118,7 +118,7 @@ def stop_at(step):
     return on_step
 
 
-@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("beta1", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, beta1):
     config = config_of(beta1=beta1)
     whole, history = train(config, toy)
