@@ -30,7 +30,7 @@ ARCHITECTURES: tuple[Any, ...] = ("relu", "topk", "jumprelu")
 
 def rows(architecture: Any, mesh: Mesh) -> Iterator[Row]:
     """The memory of a step."""
-    options = {"k": K} if architecture == "topk" else {}
+    options: dict[str, Any] = {"k": K} if architecture == "topk" else {}
     config = TrainConfig(D_IN, D_SAE, architecture, **options)
     batch = jax.ShapeDtypeStruct((BATCH, D_IN), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data", None)))
     shapes = jax.eval_shape(functools.partial(initial_state, config), batch)
