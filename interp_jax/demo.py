@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 import interp_jax as ij
 from interp_jax.activations.splice import mean_loss
 from interp_jax.activations.store import ActivationStore
+from interp_jax.activations.store_activations import store_activations
 from interp_jax.activations.stream import stream_activations
 from interp_jax.activations.tokens import pack, split_documents
 from interp_jax.activations.wikipedia import articles, reference_rows
@@ -194,8 +195,8 @@ def _experiment(settings: Settings, work: pathlib.Path, started: float) -> DemoR
     train_rows = _some_rows(train_documents, model, settings.n_rows)
     held_out_rows = _some_rows(held_out_documents, model, settings.rows_judged)
 
-    store = _streamed(model, train_rows, layer, work / "activations")
-    norms = np.concatenate([np.linalg.norm(store.rows(rows), axis=1) for rows in _in_chunks(store.n_rows)])
+    store = store_activations(model, train_rows, work / "activations", site=SITE, layer=layer, batch_rows=BATCH_ROWS)
+    norms = store.norms()
     usual_norm = float(np.median(norms))
     sink_norm = SINK * usual_norm
     ordinary = np.flatnonzero(norms <= sink_norm)
@@ -291,30 +292,6 @@ def _some_rows(documents: list[Any], model: LanguageModel, count: int) -> Int[np
     if len(rows) < count:
         raise DemoError(f"the text gives {len(rows)} rows of {CONTEXT} tokens; {count} are needed")
     return rows[np.random.default_rng(0).permutation(len(rows))[:count]]
-
-
-def _streamed(
-    model: LanguageModel, rows: Int[np.ndarray, "rows context"], layer: int, directory: pathlib.Path
-) -> ActivationStore:
-    """The activations on disk, in the order of `rows`; what an interrupted run has written is not computed again."""
-    provenance = {"model": model.name, "site": SITE, "layer": layer, "rows": len(rows), "context": CONTEXT}
-    store = ActivationStore(directory, d_in=model.d_model, provenance=provenance)
-    n_batches = len(rows) // BATCH_ROWS
-    if store.n_batches == n_batches:
-        _say(f"{store.n_rows:,} activations are in {directory} from a run before.")
-        return store
-    batches = [rows[i * BATCH_ROWS : (i + 1) * BATCH_ROWS] for i in range(store.n_batches, n_batches)]
-    done = store.n_batches * BATCH_ROWS * CONTEXT
-    with advancing(f"Streaming {SITE} of layer {layer}", n_batches * BATCH_ROWS * CONTEXT, done=done) as advance:
-        activations = stream_activations(model.forward, model.params, batches, site=SITE, layer=layer, skip_first=1)
-        store.extend(
-            activations, shard_rows=16 * BATCH_ROWS * (CONTEXT - 1), advance=lambda _: advance(BATCH_ROWS * CONTEXT)
-        )
-    return store
-
-
-def _in_chunks(n_rows: int, size: int = 16_384) -> list[Int[np.ndarray, "n"]]:
-    return np.split(np.arange(n_rows), range(size, n_rows, size))
 
 
 def _trained(

@@ -12,11 +12,14 @@ A run is a folder:
 Whatever was interrupted goes on with `--resume`, from the last whole shard and the last whole checkpoint.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
 import tomllib
+import types
+import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -27,6 +30,7 @@ from jaxtyping import Float, Int
 
 from interp_jax.activations.splice_losses import N_PASSES, splice_losses
 from interp_jax.activations.store import ActivationStore
+from interp_jax.activations.store_activations import store_activations
 from interp_jax.activations.stream import stream_activations
 from interp_jax.activations.text_files import read_documents
 from interp_jax.activations.tokens import pack, split_documents
@@ -59,8 +63,12 @@ _OWN = ("model", "layer", "site", "text", "n_tokens", "n_held_out", "context", "
 class TrainOptions(TrainConfig):
     """Options of `sae train` and `sae sweep`: where the activations are from, and all of `TrainConfig`."""
 
-    d_in: int = 0
-    """Width of the activations; that of the site, whatever is written here."""
+    d_in: tyro.conf.Suppress[int] = 0
+    """Width of the activations: that of the site, whatever is written here."""
+    d_out: tyro.conf.Suppress[int | None] = None
+    """Refused: the command reads one site."""
+    has_skip: tyro.conf.Suppress[bool] = False
+    """Refused: the command reads one site."""
     d_sae: int = 4096
     """Number of latents."""
     n_steps: int = 1000
@@ -214,38 +222,51 @@ def _commands(defaults: TrainOptions) -> tyro.extras.SubcommandApp:
     return app
 
 
-def from_file(path: pathlib.Path, options: type[TrainOptions] = TrainOptions) -> TrainOptions:
-    """Options from a YAML or TOML file; what it does not name keeps its default.
+def from_file(path: pathlib.Path) -> TrainOptions:
+    """Options from a YAML, TOML or JSON file; what it does not name keeps its default.
 
     Args:
         path: the file.
-        options: which options.
 
     Raises:
-        ValueError: for another suffix, a file that does not parse, or names that are no options.
+        ValueError: for another suffix, a file that does not parse, names that are no options, or values of another
+            type.
     """
-    content = path.read_text(encoding="utf-8")
+    parsers = {".toml": tomllib.loads, ".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    if path.suffix not in parsers:
+        raise ValueError(f"{path}: expected a {', '.join(parsers)} file.")
     try:
-        if path.suffix == ".toml":
-            values = tomllib.loads(content)
-        elif path.suffix in (".yaml", ".yml", ".json"):
-            values = yaml.safe_load(content) or {}
-        else:
-            raise ValueError(f"{path}: expected a .yaml, .yml, .json or .toml file.")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        values = parsers[path.suffix](path.read_text(encoding="utf-8")) or {}
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} does not parse: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; expected options by name, as `d_sae: 4096`.")
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    unknown = sorted(set(values) - set(fields))
+    hints = typing.get_type_hints(TrainOptions)
+    unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{path}: no such options: {', '.join(unknown)}. `interp-jax sae train --help` lists them.")
-    for name in ("out", "activations"):
-        if values.get(name) is not None:
-            values[name] = pathlib.Path(values[name])
-    if "widths" in values:
-        values["widths"] = tuple(values["widths"])
-    return options(**values)
+    return TrainOptions(**{name: _as_hinted(path, name, value, hints[name]) for name, value in values.items()})
+
+
+def _as_hinted(path: pathlib.Path, name: str, value: Any, hint: Any) -> Any:
+    """A file's value as the option's type; YAML 1.1 reads `1e-4` as text."""
+    options = typing.get_args(hint)
+    kinds = options if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if typing.get_origin(hint) is Literal and value in options:
+        return value
+    if pathlib.Path in kinds and isinstance(value, str):
+        return pathlib.Path(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list) and all(type(one) is int for one in value):
+        return tuple(value)
+    if float in kinds and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if any(kind in kinds and type(value) is kind for kind in (int, bool, str)):
+        return value
+    expected = " or ".join(map(repr, options)) if typing.get_origin(hint) is Literal else hint
+    raise ValueError(f"{path}: {name} is {value!r}; expected {getattr(expected, '__name__', expected)}.")
 
 
 def run_train(options: TrainOptions, *, resume: bool) -> None:
@@ -255,6 +276,7 @@ def run_train(options: TrainOptions, *, resume: bool) -> None:
         options: of the command.
         resume: whether to go on from what an interrupted run left.
     """
+    options.config_for(1)  # whatever its options have wrong is told before the model is loaded
     model, layer, rows, held_out = _prepared(options)
     store, among, keep_above = _store(options, model, layer, rows)
     config = options.config_for(store.d_in)
@@ -285,12 +307,15 @@ def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool) -> No
         ValueError: if a value does not parse, or a name may not differ.
     """
     grid = [_values(one) for one in vary]
-    model, layer, rows, held_out = _prepared(options)
-    store, among, keep_above = _store(options, model, layer, rows)
     combinations = [dict(zip((name for name, _ in grid), values, strict=True)) for values in
                     itertools.product(*(values for _, values in grid))]  # fmt: skip
-    configs = [dataclasses.replace(options, **values).config_for(store.d_in) for values in combinations]
-    _write_options(options, configs[0], layer, vary=list(vary))
+    variants = [dataclasses.replace(options, **values) for values in combinations]
+    for one in variants:
+        one.config_for(1)  # whatever its options have wrong is told before the model is loaded
+    model, layer, rows, held_out = _prepared(options)
+    store, among, keep_above = _store(options, model, layer, rows)
+    configs = [one.config_for(store.d_in) for one in variants]
+    _write_options(options, options.config_for(store.d_in), layer)
     batches = store.shuffled(options.batch_size, seed=options.seed, among=among)
     total = len(configs) * options.n_steps * options.batch_size
     with advancing(f"Training {len(configs)} autoencoders", total, unit="activations") as advance:
@@ -319,6 +344,11 @@ def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
         options: of the command.
     """
     sae = load_sae(path)
+    if sae.W_skip is not None or sae.d_in != sae.d_out:
+        raise ValueError(
+            f"{path} is a transcoder, and the command reads one site: judge it by "
+            "`interp_jax.activations.splice_losses.splice_losses` with its input_site."
+        )
     with working(f"Loading {options.model}"):
         model = load(options.model)
     layer = _layer(model, options.layer)
@@ -334,8 +364,12 @@ def _prepared(
     """The model, the layer, and rows to train on and to judge by."""
     with working(f"Loading {options.model}"):
         model = load(options.model)
+    layer = _layer(model, options.layer)
     rows, held_out = _token_rows(options.text, model, options.context, options.n_tokens, options.n_held_out)
-    return model, _layer(model, options.layer), rows, held_out
+    n_rows = len(rows) * (options.context - 1)
+    if not 1 <= options.batch_size <= n_rows:
+        raise ValueError(f"batch_size is {options.batch_size}; expected 1 to {n_rows:,}, the activations of n_tokens.")
+    return model, layer, rows, held_out
 
 
 def _layer(model: LanguageModel, layer: int | None) -> int:
@@ -379,36 +413,14 @@ def _store(
 ) -> tuple[ActivationStore, Int[np.ndarray, "n"], float]:
     """The activations on disk, the rows of them that are no sinks, and the norm above which one is a sink."""
     directory = options.activations or options.out / "activations"
-    provenance = {"model": model.name, "site": options.site, "layer": layer, "text": options.text, "rows": len(rows),
-                  "context": options.context}  # fmt: skip
-    batches = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
-
-    def stream(first: int) -> Any:
-        return stream_activations(
-            model.forward, model.params, batches[first:], site=options.site, layer=layer, skip_first=1
-        )
-
-    with working(f"Compiling the pass to {options.site} of layer {layer}"):
-        d_in = next(iter(stream(0))).shape[1]
-    store = ActivationStore(directory, d_in=d_in, provenance=provenance)
-    done = store.n_batches
-    if done < len(batches):
-        total, per_batch = rows.size, _ROWS * options.context
-        with advancing(f"Streaming {options.site} of layer {layer}", total, done=done * per_batch) as advance:
-            store.extend(stream(done), shard_rows=16 * per_batch, advance=lambda _: advance(per_batch))
-    norms = np.concatenate(
-        [np.linalg.norm(store.rows(part).astype(np.float32), axis=1) for part in _chunks(store.n_rows)]
-    )
+    store = store_activations(model, rows, directory, site=options.site, layer=layer, batch_rows=_ROWS)
+    norms = store.norms()
     keep_above = _SINK * float(np.median(norms))
     return store, np.flatnonzero(norms <= keep_above), keep_above
 
 
-def _chunks(n_rows: int, size: int = 16_384) -> list[Int[np.ndarray, "n"]]:
-    return np.split(np.arange(n_rows), range(size, n_rows, size))
-
-
-def _write_options(options: TrainOptions, config: TrainConfig, layer: int, **more: Any) -> None:
-    resolved = {**dataclasses.asdict(config), **{name: getattr(options, name) for name in _OWN}, "layer": layer, **more}
+def _write_options(options: TrainOptions, config: TrainConfig, layer: int) -> None:
+    resolved = {**dataclasses.asdict(config), **{name: getattr(options, name) for name in _OWN}, "layer": layer}
     options.out.mkdir(parents=True, exist_ok=True)
     write_whole(options.out / "run.json", json.dumps(resolved, indent=1, default=str).encode())
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+import interp_jax as ij
+from interp_jax import sae_command
 from interp_jax.activations.wikipedia import articles
 from interp_jax.sae import JumpReLUSAE, TopKSAE, checkpoint, load_sae
 from interp_jax.sae_command import TrainOptions, from_file, main
@@ -117,6 +119,10 @@ def test_options_come_from_yaml_and_toml_alike(tmp_path):
     (tmp_path / "a.toml").write_text('d_sae = 128\narchitecture = "matryoshka"\nwidths = [32, 128]\nout = "there"\n')
     options = from_file(tmp_path / "a.yaml")
     assert options == from_file(tmp_path / "a.toml")
+    (tmp_path / "b.yaml").write_text("learning_rate: 1e-4\nnorm_cap: .inf\nl1_coefficient: 3\nlayer: null\n")
+    numbers = from_file(tmp_path / "b.yaml")
+    assert (numbers.learning_rate, numbers.norm_cap, numbers.layer) == (1e-4, float("inf"), None)
+    assert type(numbers.l1_coefficient) is float
     assert options == TrainOptions(d_sae=128, architecture="matryoshka", widths=(32, 128), out=pathlib.Path("there"))
 
 
@@ -127,7 +133,12 @@ def test_options_come_from_yaml_and_toml_alike(tmp_path):
         ("a.yaml", "- 1", "holds a list; expected options by name"),
         ("a.yaml", "{", "does not parse"),
         ("a.toml", "d_sae =", "does not parse"),
-        ("a.ini", "x", r"expected a \.yaml"),
+        ("a.ini", "x", r"expected a \.toml"),
+        ("a.yaml", "d_sae: '128'", "d_sae is '128'; expected int"),
+        ("a.yaml", "architecture: topp", "architecture is 'topp'; expected 'topk' or"),
+        ("a.toml", "k = true", "k is True; expected int"),
+        ("a.yaml", "widths: 3", "widths is 3"),
+        ("a.yaml", "learning_rate: fast", "learning_rate is 'fast'; expected float"),
     ],
 )
 def test_a_config_with_a_fault_is_refused(tmp_path, name, content, message):
@@ -143,12 +154,32 @@ def test_a_config_with_a_fault_is_refused(tmp_path, name, content, message):
         (["--n-tokens", "9000000"], "9,000,000 were asked for"),
         (["--k", "65"], "k is 65; expected 1 to d_sae = 64"),
         (["--architecture", "relu", "--k", "7"], "k is 7, but architecture='relu'"),
-        (["--d-out", "128"], "reads one site"),
     ],
 )
 def test_what_cannot_be_trained_is_told(text, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         main(["train", *SMALL, "--text", text, "--out", str(tmp_path / "run"), *more])
+
+
+def test_mistakes_are_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sae_command, "load", lambda name: pytest.fail("the model was loaded"))
+    (tmp_path / "options.yaml").write_text("d_out: 128")
+    with pytest.raises(ValueError, match="reads one site"):
+        main(["train", *SMALL, "--config", str(tmp_path / "options.yaml")])
+    with pytest.raises(ValueError, match="k is 65"):
+        main(["train", *SMALL, "--k", "65"])
+    with pytest.raises(ValueError, match=r"learning_rate is -1\.0"):
+        main(["sweep", *SMALL, "--vary", "learning_rate=1e-3,-1"])
+
+
+def test_a_site_that_is_not_there_and_a_store_of_another_text_are_told(run, text, tmp_path):
+    with pytest.raises(ij.SiteError, match="no site 'nonsense' at layer 2; there are resid_pre, "):
+        main(["train", *SMALL, "--text", text, "--out", str(tmp_path / "run"), "--site", "nonsense"])
+    other = tmp_path / "other.txt"
+    other.write_text("".join(article.text for article in articles()[10:14]))
+    with pytest.raises(ValueError, match="of other activations: provenance"):
+        main(["train", *SMALL, "--text", str(other), "--activations", str(run / "activations"), "--out",
+              str(tmp_path / "run")])  # fmt: skip
 
 
 def test_a_sweep_over_something_else_is_refused(text, tmp_path):

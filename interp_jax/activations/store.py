@@ -147,6 +147,15 @@ class ActivationStore:
             found[here] = self._maps[shard][indices[here] - self._starts[shard]]
         return found
 
+    def norms(self, chunk: int = 16_384) -> Float[np.ndarray, "rows"]:
+        """The Euclidean norm of every row.
+
+        Args:
+            chunk: rows read at a time.
+        """
+        parts = np.split(np.arange(self.n_rows), range(chunk, self.n_rows, chunk))
+        return np.concatenate([np.linalg.norm(self.rows(part).astype(np.float32), axis=1) for part in parts])
+
     def shuffled(
         self, batch_size: int, *, seed: int = 0, among: Int[np.ndarray, "n"] | None = None
     ) -> Callable[[int], Float[np.ndarray, "batch d_in"]]:

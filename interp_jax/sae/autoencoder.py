@@ -14,6 +14,7 @@ it on a mesh. What is not an array (`k`, a bandwidth) is part of its structure. 
 gives a new one.
 """
 
+import abc
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -139,12 +140,20 @@ class SparseAutoencoder(nnx.Module):
         Args:
             x: activations.
         """
-        shift = self.b_dec[...] if self.apply_b_dec_to_input else jnp.zeros(self.d_in, x.dtype)
-        return affine(x, shift, self.W_enc[...], self.parameter(self.encoder_bias))
+        return affine(x, self.input_shift(), self.W_enc[...], self.parameter(self.encoder_bias))
 
+    def input_shift(self) -> Float[Array, "d_in"]:
+        """What is subtracted from the input: `b_dec`, or nothing."""
+        b_dec = self.b_dec[...]
+        return b_dec if self.apply_b_dec_to_input else jnp.zeros(self.d_in, b_dec.dtype)
+
+    @abc.abstractmethod
     def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
-        """Dense codes of activations."""
-        raise NotImplementedError
+        """Dense codes of activations.
+
+        Args:
+            x: activations.
+        """
 
     def decode(self, codes: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_out"]:
         """The activations that dense codes stand for, without a transcoder's skip.
@@ -170,6 +179,7 @@ class SparseAutoencoder(nnx.Module):
         """
         return self.decode(self.encode(x)) + self.skipped(x)
 
+    @abc.abstractmethod
     def objective(
         self,
         x: Float[Array, "batch d_in"],
@@ -187,7 +197,6 @@ class SparseAutoencoder(nnx.Module):
             sparsity: strength and form of the penalty.
             mesh: what the arrays lie on (`interp_jax.sae.mesh`); None where that is one device.
         """
-        raise NotImplementedError
 
     def replace(self: S, **arrays: Any) -> S:
         """A copy with other arrays.

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from interp_jax.sae.autoencoder import affine
 from interp_jax.sae.dead_latents import DeadLatents
 from interp_jax.sae.mesh import DATA
 
@@ -33,7 +32,6 @@ def auxiliary_loss(
     *,
     k_aux: int,
     coefficient: float,
-    apply_b_dec_to_input: bool = True,
     mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """The auxiliary loss, a weighted mean over rows.
@@ -45,11 +43,9 @@ def auxiliary_loss(
         row_weights: weight of each row in the loss.
         k_aux: dead latents that may be used a row.
         coefficient: weight of the loss.
-        apply_b_dec_to_input: whether the decoder bias is subtracted from the input.
         mesh: what the rows are split over; None where that is one device.
     """
-    shift = dead.b_dec if apply_b_dec_to_input else jnp.zeros(x.shape[1])
-    pre = jnp.where(dead.is_dead, affine(x, shift, dead.W_enc, dead.bias), -jnp.inf)
+    pre = jnp.where(dead.is_dead, dead.pre_activations(x), -jnp.inf)
     threshold = _kth_of_rows(jax.lax.stop_gradient(pre), min(k_aux, pre.shape[1]), mesh)
     codes = jnp.where((pre >= threshold) & (pre > 0), pre, 0)
     return coefficient * jnp.mean(row_weights * jnp.sum(jnp.square(error - codes @ dead.W_dec), axis=1))

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-__all__ = ["restore_latest", "save_checkpoint"]
+__all__ = ["remove_checkpoints", "restore_latest", "save_checkpoint"]
 
 _PREFIX = "step_"
 _WHOLE = "whole.json"
@@ -55,11 +55,24 @@ def save_checkpoint(
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path / _WHOLE)
-    for old in _folders(directory)[keep:]:
-        # The mark goes first, so that a removal that is interrupted leaves nothing that looks whole.
-        (old / _WHOLE).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(_folders(directory)[keep:])
     return path
+
+
+def remove_checkpoints(directory: pathlib.Path) -> None:
+    """Removes what an earlier run left, which a new one in its folder would else be taken for.
+
+    Args:
+        directory: the run's folder.
+    """
+    _remove(_folders(pathlib.Path(directory).absolute()))
+
+
+def _remove(folders: list[pathlib.Path]) -> None:
+    for folder in folders:
+        # The mark goes first, so that a removal that is interrupted leaves nothing that looks whole.
+        (folder / _WHOLE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def restore_latest(directory: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any], int] | None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from interp_jax.sae.autoencoder import SparseAutoencoder
+from interp_jax.sae.autoencoder import SparseAutoencoder, affine
 
 __all__ = ["DeadLatents", "add_gradient_of_dead"]
 
@@ -25,10 +25,18 @@ class DeadLatents(NamedTuple):
     bias: Float[Array, "some"]
     """The encoder's bias; the gate's, in a gated autoencoder."""
     W_dec: Float[Array, "some d_out"]
-    b_dec: Float[Array, "d_out"]
-    """The decoder bias, which all latents share."""
+    shift: Float[Array, "d_in"]
+    """What is subtracted from the input: the decoder bias, which all latents share, or nothing."""
     is_dead: Bool[Array, "some"]
     """Which of them are dead; the others fill up the size."""
+
+    def pre_activations(self, x: Float[Array, "batch d_in"]) -> Float[Array, "batch some"]:
+        """What the encoder gives for these latents.
+
+        Args:
+            x: activations.
+        """
+        return affine(x, self.shift, self.W_enc, self.bias)
 
 
 def add_gradient_of_dead(
@@ -50,7 +58,7 @@ def add_gradient_of_dead(
         idle: rows since each latent was last active.
         is_dead: which are dead.
         sizes: rising numbers of latents to gather. Where more are dead than the last one, those idle for longest count.
-        reaches_b_dec: whether the decoder bias has a gradient from it too.
+        reaches_b_dec: whether the decoder bias has a gradient from it too, where it is subtracted from the input.
 
     Returns:
         The sum of both gradients, and the loss; the gradient as it was, and zero, where nothing is dead.
@@ -58,7 +66,8 @@ def add_gradient_of_dead(
     bias = sae.encoder_bias
     names = ("W_enc", bias, "W_dec", "b_dec")
     arrays = tuple(gradient.parameter(name) for name in names)
-    weights = tuple(sae.parameter(name) for name in names)
+    W_enc, b, W_dec, shift = sae.W_enc[...], sae.parameter(bias), sae.W_dec[...], sae.input_shift()
+    reaches_b_dec = reaches_b_dec and sae.apply_b_dec_to_input
 
     def of_some(size: int):
         def added(arrays: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
@@ -67,14 +76,13 @@ def add_gradient_of_dead(
             else:
                 longest, places = jax.lax.top_k(jnp.where(is_dead, idle, -1), size)
                 dead = longest >= 0
-            W_enc, b, W_dec, b_dec = weights
-            some = DeadLatents(W_enc[:, places], b[places], W_dec[places], b_dec, dead)
+            some = DeadLatents(W_enc[:, places], b[places], W_dec[places], shift, dead)
             value, by = jax.value_and_grad(loss, allow_int=True)(some)
             sums = (
                 arrays[0].at[:, places].add(by.W_enc),
                 arrays[1].at[places].add(by.bias),
                 arrays[2].at[places].add(by.W_dec),
-                arrays[3] + by.b_dec if reaches_b_dec else arrays[3],
+                arrays[3] + by.shift if reaches_b_dec else arrays[3],
             )
             return sums, value
 

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from interp_jax.sae.autoencoder import affine
 from interp_jax.sae.dead_latents import DeadLatents
 
 __all__ = ["ghost_loss"]
@@ -34,7 +33,6 @@ def ghost_loss(
     weight: Float[Array, ""] | float = 1.0,
     activation: Literal["exp", "capped_exp"] = "exp",
     norm: Literal["residual", "input"] = "residual",
-    apply_b_dec_to_input: bool = True,
 ) -> Float[Array, ""]:
     """The ghost loss, a weighted mean over rows.
 
@@ -46,14 +44,12 @@ def ghost_loss(
         weight: multiplies the loss: 1, or the share of dead latents.
         activation: exp(pre), or exp(min(pre, 0)).
         norm: what the ghost output has half the norm of.
-        apply_b_dec_to_input: whether the decoder bias is subtracted from the input.
 
     Returns:
         The loss, whose value is `weight` times the squared error; zero where no latent is dead.
     """
     residual = jax.lax.stop_gradient(error)
-    shift = dead.b_dec if apply_b_dec_to_input else jnp.zeros(x.shape[1])
-    exponent = affine(x, shift, dead.W_enc, dead.bias)
+    exponent = dead.pre_activations(x)
     if activation == "capped_exp":
         exponent = jnp.minimum(exponent, 0)
     exponent = jnp.where(dead.is_dead, exponent, -jnp.inf)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from interp_jax.sae.autoencoder import SparseAutoencoder, affine
+from interp_jax.sae.encoder_gradients import SparseWeights, encoder_gradients, sparse_weights
 from interp_jax.sae.kth_largest import LargestPairs, largest_pairs_of_shard
 from interp_jax.sae.latent_sums import LatentGroups, group_by_latent, sum_by_latent
 from interp_jax.sae.mesh import DATA, LATENT, WEIGHTS, first_latent, sum_over_shards
@@ -47,23 +48,22 @@ def decode_pairs(
     is_active = pairs.values > 0
     by_latent = group_by_latent(pairs.columns, is_active, sae.d_sae)
     by_place = group_by_latent(places, is_active, n_places)
-    b_dec = sae.b_dec[...]
-    shift = b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d_in, b_dec.dtype)
-    weights = sae.W_enc[...], sae.parameter("b_enc"), sae.W_dec[...], shift
-    return _decode(weights, x, pairs, places, by_latent, by_place), by_latent.counts
-
-
-_Weights = tuple[Array, Array, Array, Array]
+    return _decode(sparse_weights(sae), x, pairs, places, by_latent, by_place), by_latent.counts
 
 
 @jax.custom_vjp
 def _decode(
-    weights: _Weights, x: Array, pairs: LargestPairs, places: Array, by_latent: LatentGroups, by_place: LatentGroups
+    weights: SparseWeights,
+    x: Array,
+    pairs: LargestPairs,
+    places: Array,
+    by_latent: LatentGroups,
+    by_place: LatentGroups,
 ) -> Array:
     return sum_by_latent(pairs.values, weights[2], pairs.columns, by_place)
 
 
-def _decode_forward(weights: _Weights, x: Array, pairs: LargestPairs, places: Array, by_latent, by_place):
+def _decode_forward(weights: SparseWeights, x: Array, pairs: LargestPairs, places: Array, by_latent, by_place):
     return _decode(weights, x, pairs, places, by_latent, by_place), (weights, x, pairs, places, by_latent)
 
 
@@ -73,10 +73,8 @@ def _decode_backward(kept, gradient: Array):
     products = jax.lax.map(product, (places, pairs.columns), batch_size=min(_CHUNK, len(places)))
     by_value = jnp.where(pairs.values > 0, products, 0)
     d_W_dec = sum_by_latent(pairs.values, gradient, places, by_latent)
-    inputs = jnp.concatenate([x - shift, jnp.ones_like(x[:, :1])], axis=1)
-    d_encoder = sum_by_latent(by_value, inputs, pairs.rows, by_latent)
-    d_b_enc = d_encoder[:, -1]
-    return (d_encoder[:, :-1].T, d_b_enc, d_W_dec, -(W_enc @ d_b_enc)), None, None, None, None, None
+    d_W_enc, d_b_enc, d_shift = encoder_gradients(W_enc, x - shift, by_value, pairs.rows, by_latent)
+    return (d_W_enc, d_b_enc, d_W_dec, d_shift), None, None, None, None, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)
@@ -109,10 +107,7 @@ def decode_largest_on_mesh(
         The sums, differentiable with respect to the autoencoder, without the decoder bias; in how many rows each latent
         is active; each shard's pairs.
     """
-    b_dec = sae.b_dec[...]
-    shift = b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d_in, b_dec.dtype)
-    weights = sae.W_enc[...], sae.parameter("b_enc"), sae.W_dec[...], shift
-    return _decode_on_mesh(mesh, n_pairs, widths, weights, jax.lax.stop_gradient(x))
+    return _decode_on_mesh(mesh, n_pairs, widths, sparse_weights(sae), jax.lax.stop_gradient(x))
 
 
 _SHARD = P((DATA, LATENT))
@@ -120,12 +115,12 @@ _SHARD = P((DATA, LATENT))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _decode_on_mesh(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], weights: _Weights, x: Array) -> Any:
+def _decode_on_mesh(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], weights: SparseWeights, x: Array) -> Any:
     return _decode_on_mesh_forward(mesh, n_pairs, widths, weights, x)[0]
 
 
-def _decode_on_mesh_forward(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], weights: _Weights, x: Array):
-    def of_shard(weights: _Weights, x: Array):
+def _decode_on_mesh_forward(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], weights: SparseWeights, x: Array):
+    def of_shard(weights: SparseWeights, x: Array):
         W_enc, b_enc, _, shift = weights
         n_local = W_enc.shape[1]
         pre = affine(x, shift, W_enc, b_enc)
@@ -149,10 +144,12 @@ def _decode_on_mesh_forward(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], w
 
 
 def _decode_on_mesh_backward(mesh: Mesh, n_pairs: int, widths: tuple[int, ...], kept, gradients: tuple[Any, ...]):
-    def of_shard(weights: _Weights, x: Array, pairs: LargestPairs, places: Array, gradient: Array) -> _Weights:
+    def of_shard(
+        weights: SparseWeights, x: Array, pairs: LargestPairs, places: Array, gradient: Array
+    ) -> SparseWeights:
         gradient = gradient.reshape(len(widths) * len(x), -1)
 
-        def by_weights(pairs: LargestPairs, places: Array) -> _Weights:
+        def by_weights(pairs: LargestPairs, places: Array) -> SparseWeights:
             # Grouped once more, which costs less than to keep groups of either size.
             by_latent = group_by_latent(pairs.columns, pairs.values > 0, weights[0].shape[1])
             return _decode_backward((weights, x, pairs, places, by_latent), gradient)[0]

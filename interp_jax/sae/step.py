@@ -40,9 +40,9 @@ from interp_jax.sae.unit_norm import inside, tangent, to_norm_at_most_one, to_un
 __all__ = ["METRICS", "Knobs", "TrainState", "finished", "initial_state", "knobs_of", "step"]
 
 METRICS: tuple[str, ...] = ("loss", "fvu", "l0", "dead_share", "rare_share", "penalty", "revival", "learning_rate")
-"""What a step tells, in this order: `loss` and its part `penalty`; `revival`, the loss that only revives dead latents
-and is not in `loss`; `fvu`, of the batch; `dead_share`, latents dead by `dead_after`; `rare_share`, those active in
-less than 1e-5 of the rows of the last whole window."""
+"""What a step tells, in this order: `loss`, what is minimised; `fvu` of the batch; `l0`; `dead_share`, latents dead by
+`dead_after`; `rare_share`, those active in less than 1e-5 of the rows of the last whole window; `penalty`, what the
+loss holds beside the squared error; `revival`, the loss that only revives dead latents, not part of `loss`."""
 
 _THRESHOLD_RATE = 0.01
 """How fast BatchTopK's running mean of the least code follows the batches."""
@@ -299,7 +299,6 @@ def _revived(
             row_weights=row_weights,
             k_aux=config.k_aux,
             coefficient=config.aux_coefficient,
-            apply_b_dec_to_input=sae.apply_b_dec_to_input,
             mesh=mesh,
         )
         return add_gradient_of_dead(loss, gradient, sae, idle, is_dead, [min(N_REVIVED, sae.d_sae)])
@@ -316,7 +315,6 @@ def _revived(
             weight=share,
             activation=config.ghost_activation,
             norm=config.ghost_norm,
-            apply_b_dec_to_input=sae.apply_b_dec_to_input,
         )
         sizes = sorted({max(1, sae.d_sae // part) for part in (16, 4, 1)})
         if mesh is not None:

@@ -80,11 +80,7 @@ def sweep(
             return jax.vmap(run_step, in_axes=(0, None, None))(states, batch, number)
         return jax.lax.map(lambda state: run_step(state, batch, number), states)
 
-    def tell(number: int, metrics: list[dict[str, float]]) -> None:
-        if on_step is not None:
-            on_step(number, metrics)
-
-    states, history = run_loop(configs, initial, step_all, batches, tell, checkpoint_dir, resume)
+    states, history = run_loop(configs, initial, step_all, batches, on_step, checkpoint_dir, resume)
     runs = []
     for number, one in enumerate(configs):
         sae = finished(jax.tree.map(lambda leaf, number=number: leaf[number], states))

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, affine, random_arrays
+from interp_jax.sae.encoder_gradients import SparseWeights, encoder_gradients, sparse_weights
 from interp_jax.sae.grouped_top_k import grouped_top_k
 from interp_jax.sae.latent_sums import LatentGroups, gathered_sum, group_by_latent, sum_by_latent
 from interp_jax.sae.mesh import DATA, LATENT, WEIGHTS, sum_over_shards
@@ -103,10 +104,7 @@ class TopKSAE(SparseAutoencoder):
         mesh: Mesh | None = None,
     ) -> Outcome:
         """Squared error; see `SparseAutoencoder.objective`. k alone makes the codes sparse."""
-        if mesh is None:
-            output, _, firings = reconstruct(self, x)
-        else:
-            output, firings = reconstruct_on_mesh(self, x, mesh)
+        output, firings = reconstruct(self, x) if mesh is None else reconstruct_on_mesh(self, x, mesh)
         error = target - output
         squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
         return Outcome(squared_error, squared_error, error, firings, jnp.zeros(()))
@@ -123,8 +121,6 @@ class Reconstruction(NamedTuple):
 
     output: Float[Array, "batch d_out"]
     """The reconstruction."""
-    values: Float[Array, "batch k"]
-    """Activations; zero where fewer than k are positive."""
     firings: Int[Array, "d_sae"]
     """In how many rows each latent is active."""
 
@@ -142,11 +138,8 @@ def reconstruct(sae: TopKSAE, x: Float[Array, "batch d_in"]) -> Reconstruction:
         x, cpu=functools.partial(_encode_by_slices, fixed), default=fixed.encode_topk
     )
     groups = group_by_latent(indices.ravel(), values.ravel() > 0, sae.d_sae)
-    b_dec = sae.b_dec[...]
-    shift = b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d_in, b_dec.dtype)
-    weights = sae.W_enc[...], sae.b_enc[...], sae.W_dec[...], shift
-    output = _decode(weights, x, values, indices, groups) + b_dec + sae.skipped(x)
-    return Reconstruction(output, values, groups.counts)
+    output = _decode(sparse_weights(sae), x, values, indices, groups) + sae.b_dec[...] + sae.skipped(x)
+    return Reconstruction(output, groups.counts)
 
 
 def _encode_by_slices(
@@ -162,16 +155,12 @@ def _encode_by_slices(
     return values.reshape(-1, sae.k), indices.reshape(-1, sae.k)
 
 
-_Weights = tuple[Array, Array, Array, Array]
-"""W_enc, b_enc, W_dec, and what is subtracted from the input."""
-
-
 @jax.custom_vjp
-def _decode(weights: _Weights, x: Array, values: Array, indices: Array, groups: LatentGroups) -> Array:
+def _decode(weights: SparseWeights, x: Array, values: Array, indices: Array, groups: LatentGroups) -> Array:
     return gathered_sum(values.T, weights[2], indices.T)
 
 
-def _decode_forward(weights: _Weights, x: Array, values: Array, indices: Array, groups: LatentGroups):
+def _decode_forward(weights: SparseWeights, x: Array, values: Array, indices: Array, groups: LatentGroups):
     return _decode(weights, x, values, indices, groups), (weights, x, values, indices, groups)
 
 
@@ -180,13 +169,8 @@ def _decode_backward(kept, gradient: Array):
     by_value = jnp.where(values > 0, _gathered_products(gradient, W_dec, indices), 0)
     row_of = jnp.arange(values.size, dtype=jnp.int32) // values.shape[1]
     d_W_dec = sum_by_latent(values.ravel(), gradient, row_of, groups)
-    # A column of ones beside the inputs makes the encoder bias' gradient one more column of the same sum.
-    inputs = jnp.concatenate([x - shift, jnp.ones_like(x[:, :1])], axis=1)
-    d_encoder = sum_by_latent(by_value.ravel(), inputs, row_of, groups)
-    d_b_enc = d_encoder[:, -1]
-    # The shift is subtracted from each input by way of every active column of the encoder.
-    d_shift = -(W_enc @ d_b_enc)
-    return (d_encoder[:, :-1].T, d_b_enc, d_W_dec, d_shift), None, None, None, None
+    d_W_enc, d_b_enc, d_shift = encoder_gradients(W_enc, x - shift, by_value.ravel(), row_of, groups)
+    return (d_W_enc, d_b_enc, d_W_dec, d_shift), None, None, None, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)
@@ -205,9 +189,7 @@ def _products(matrix: Array, row_and_indices: tuple[Array, Array]) -> Array:
     return matrix[indices] @ row
 
 
-def reconstruct_on_mesh(
-    sae: TopKSAE, x: Float[Array, "batch d_in"], mesh: Mesh
-) -> tuple[Float[Array, "batch d_out"], Int[Array, "d_sae"]]:
+def reconstruct_on_mesh(sae: TopKSAE, x: Float[Array, "batch d_in"], mesh: Mesh) -> Reconstruction:
     """What `reconstruct` gives, where rows and latents are split over devices.
 
     The latents of a row are those of one device: each shard's k largest pre-activations, k numbers and not their
@@ -221,16 +203,10 @@ def reconstruct_on_mesh(
         sae: the autoencoder.
         x: activations.
         mesh: the mesh.
-
-    Returns:
-        (the reconstruction, in how many rows each latent is active).
     """
-    b_dec = sae.b_dec[...]
-    shift = b_dec if sae.apply_b_dec_to_input else jnp.zeros(sae.d_in, b_dec.dtype)
-    weights = sae.W_enc[...], sae.b_enc[...], sae.W_dec[...], shift
     x = jax.lax.stop_gradient(x)
-    output, firings = cast(Any, _decode_on_mesh(mesh, sae.k, weights, x))
-    return output + b_dec + sae.skipped(x), firings
+    output, firings = cast(Any, _decode_on_mesh(mesh, sae.k, sparse_weights(sae), x))
+    return Reconstruction(output + sae.b_dec[...] + sae.skipped(x), firings)
 
 
 _CODE = (P(DATA, LATENT), P(DATA, LATENT), P((DATA, LATENT)))
@@ -238,12 +214,12 @@ _CODE = (P(DATA, LATENT), P(DATA, LATENT), P((DATA, LATENT)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _decode_on_mesh(mesh: Mesh, k: int, weights: _Weights, x: Array) -> tuple[Array, Array]:
+def _decode_on_mesh(mesh: Mesh, k: int, weights: SparseWeights, x: Array) -> tuple[Array, Array]:
     return _decode_on_mesh_forward(mesh, k, weights, x)[0]
 
 
-def _decode_on_mesh_forward(mesh: Mesh, k: int, weights: _Weights, x: Array):
-    def of_shard(weights: _Weights, x: Array):
+def _decode_on_mesh_forward(mesh: Mesh, k: int, weights: SparseWeights, x: Array):
+    def of_shard(weights: SparseWeights, x: Array):
         W_enc, b_enc, _, shift = weights
         values, indices = _own_of_topk(affine(x, shift, W_enc, b_enc), k)
         groups = group_by_latent(indices.ravel(), values.ravel() > 0, W_enc.shape[1])
@@ -258,7 +234,7 @@ def _decode_on_mesh_forward(mesh: Mesh, k: int, weights: _Weights, x: Array):
 
 
 def _decode_on_mesh_backward(mesh: Mesh, k: int, kept, gradients: tuple[Array, Any]):
-    def of_shard(weights: _Weights, x: Array, code, gradient: Array) -> _Weights:
+    def of_shard(weights: SparseWeights, x: Array, code, gradient: Array) -> SparseWeights:
         return sum_over_shards(_decode_backward((weights, x, *code), gradient)[0])
 
     specs = {"in_specs": (WEIGHTS, P(DATA), _CODE, P(DATA)), "out_specs": WEIGHTS}

@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from interp_jax.sae.autoencoder import SparseAutoencoder
-from interp_jax.sae.checkpoint import restore_latest, save_checkpoint
+from interp_jax.sae.checkpoint import remove_checkpoints, restore_latest, save_checkpoint
 from interp_jax.sae.mesh import place_batch, shardings, training_mesh
 from interp_jax.sae.step import METRICS, TrainState, finished, initial_state, step
 from interp_jax.sae.train_config import TrainConfig
@@ -65,8 +65,8 @@ def train(
             device. A run may go on from its checkpoint on another mesh, or on none.
         on_step: called after each step with the steps done so far and that step's metrics.
         checkpoint_dir: where checkpoints and `metrics.jsonl` are written; None writes nothing.
-        resume: go on from the newest whole checkpoint in `checkpoint_dir`, if there is one. Else what is there is
-            replaced.
+        resume: go on from the newest whole checkpoint in `checkpoint_dir`, if there is one. Else checkpoints that are
+            there are removed, once the first batch has come.
 
     Returns:
         (the SAE, for activations as they come, its arrays on the mesh if there is one; the metrics, one dictionary
@@ -79,14 +79,11 @@ def train(
         NonFiniteLossError: at the first step whose loss is not finite. Checkpoints hold the state before it.
     """
 
-    def first(number: int, metrics: list[dict[str, float]]) -> None:
-        if on_step is not None:
-            on_step(number, metrics[0])
-
     if mesh is not None:
         mesh = training_mesh(mesh, config.d_sae)
     initial, run_step = functools.partial(initial_state, config), functools.partial(step, config, mesh=mesh)
-    state, history = run_loop([config], initial, run_step, batches, first, checkpoint_dir, resume, mesh)
+    tell = None if on_step is None else lambda number, metrics: on_step(number, metrics[0])
+    state, history = run_loop([config], initial, run_step, batches, tell, checkpoint_dir, resume, mesh)
     return finished(state), history
 
 
@@ -95,7 +92,7 @@ def run_loop(
     initial: Callable[[Any], TrainState],
     run_step: Callable[[TrainState, Any, Any], tuple[TrainState, Array]],
     batches: Batches,
-    on_step: Callable[[int, list[dict[str, float]]], None],
+    on_step: Callable[[int, list[dict[str, float]]], None] | None,
     checkpoint_dir: str | os.PathLike[str] | None,
     resume: bool,
     mesh: Mesh | None = None,
@@ -135,6 +132,8 @@ def run_loop(
     stream = _Stream(batches, config, first_step, place)
     if state is None:
         state = jax.jit(initial, out_shardings=where)(stream.peek())
+        if directory is not None:
+            remove_checkpoints(directory)
     log = _MetricsLog(directory, history)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     step_fn = jax.jit(run_step, donate_argnums=0, out_shardings=(where, everywhere))
@@ -151,7 +150,8 @@ def run_loop(
         if number % config.log_every == 0 or number == config.n_steps:
             for run, one in enumerate(metrics):
                 log.add({"step": number, **({"run": run} if len(configs) > 1 else {}), **one})
-        on_step(number, metrics)
+        if on_step is not None:
+            on_step(number, metrics)
 
     for number in range(first_step, config.n_steps):
         batch = stream.next(number)

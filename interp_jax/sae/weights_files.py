@@ -122,7 +122,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{path} is not there; expected the weights beside {path.parent}'s config.")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: _widened(path, name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            return {name: _widened(path, name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - the file itself cannot be iterated over
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is cut short or altered: it is not a whole safetensors file ({error}); fetch or write it again."

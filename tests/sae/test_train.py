@@ -213,6 +213,16 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
     assert_same(load_saelens(tmp_path / "result"), undisturbed)
 
 
+def test_a_new_run_in_an_old_folder_is_not_taken_for_the_old_one(tmp_path):
+    train(config_of(), toy, checkpoint_dir=tmp_path)
+    again = config_of(seed=5)
+    with pytest.raises(Stop):
+        train(again, toy, checkpoint_dir=tmp_path, on_step=stop_at(7))
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000004"]
+    resumed, _ = train(again, toy, checkpoint_dir=tmp_path, resume=True)
+    assert_same(resumed, train(again, toy)[0])
+
+
 def test_a_nan_stops_the_run_at_its_step(tmp_path):
     def batches(step):
         return toy(step).at[3, 5].set(jnp.nan) if step == 6 else toy(step)
