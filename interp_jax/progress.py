@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import rich.console
 import rich.progress
 
-__all__ = ["advancing", "working"]
+__all__ = ["advancing", "note", "working"]
 
 _console = rich.console.Console(stderr=True)
 
@@ -22,6 +22,15 @@ class _Rate(rich.progress.ProgressColumn):
     def render(self, task: rich.progress.Task) -> str:
         unit = task.fields["unit"]
         return f"{task.speed:,.0f} {unit}/s" if task.speed else f"- {unit}/s"
+
+
+def note(text: str) -> None:
+    """Says something beside the progress.
+
+    Args:
+        text: a sentence.
+    """
+    _console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 @contextlib.contextmanager

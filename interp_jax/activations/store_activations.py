@@ -16,7 +16,7 @@ from interp_jax.activations.store import ActivationStore
 from interp_jax.activations.stream import stream_activations
 from interp_jax.instrument import SiteError, list_sites
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.progress import advancing
+from interp_jax.progress import advancing, note
 
 __all__ = ["store_activations"]
 
@@ -60,7 +60,9 @@ def store_activations(
     }
     store = ActivationStore(directory, d_in=math.prod(here[site][2:]), provenance=provenance)
     done = store.n_batches
-    if done < n_batches:
+    if done == n_batches:
+        note(f"{store.n_rows:,} activations are in {directory} from a run before.")
+    else:
         batches = rows.reshape(n_batches, batch_rows, context)[done:]
         stream = stream_activations(model.forward, model.params, batches, site=site, layer=layer, skip_first=1)
         per_batch = batch_rows * context

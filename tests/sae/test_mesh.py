@@ -182,8 +182,7 @@ def pairs_on_one(sae):
     return (*decode_pairs(sae, x, pairs, pairs.rows, 64), jnp.sort(pairs.values))
 
 def topk_on_one(sae):
-    output, _, firings = reconstruct(sae, x)
-    return output, firings
+    return tuple(reconstruct(sae, x))
 
 for k in (3, 20):
     sae = TopKSAE(k=k, **arrays)
@@ -199,7 +198,7 @@ for k in (3, 20):
             (decoded,), firings, pairs = decode_largest_on_mesh(sae, x, 64 * k, (64,), mesh)
             return decoded, firings, jnp.sort(pairs.values)[-64 * k:]
 
-        check(results(lambda sae: reconstruct_on_mesh(sae, x, mesh), sae), results(topk_on_one, sae))
+        check(results(lambda sae: tuple(reconstruct_on_mesh(sae, x, mesh)), sae), results(topk_on_one, sae))
         # The second has all its pairs in few shards, which then work on places for more than twice their share.
         for one in (batch_sae, crowded):
             check(results(pairs_on_mesh, one), results(pairs_on_one, one))
