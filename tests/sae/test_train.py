@@ -2,12 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
@@ -155,62 +149,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     with pytest.warns(UserWarning, match="writing it was interrupted"):
         resumed, _ = train(config, toy, checkpoint_dir=tmp_path, resume=True)
     assert_same(resumed, whole)
-
-
-CHILD = """
-    import sys, time
-    import jax
-    from tests_toy import batches
-    from interp_jax.sae import TrainConfig, save_saelens, train
-
-    config = TrainConfig(40, 64, k=4, n_steps=60, log_every=5, checkpoint_every=7, dead_after=512)
-
-    def on_step(step, metrics):
-        print(step, flush=True)
-        time.sleep(0.02)
-
-    sae, _ = train(config, batches, checkpoint_dir=sys.argv[1], resume=True, on_step=on_step)
-    save_saelens(sae, sys.argv[2], model_name="toy", hook_name="x")
-"""
-
-TOY = """
-    import numpy as np
-
-    def batches(step):
-        return np.random.default_rng(step).normal(size=(64, 40)).astype(np.float32)
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
-    (tmp_path / "tests_toy.py").write_text(textwrap.dedent(TOY))
-    (tmp_path / "child.py").write_text(textwrap.dedent(CHILD))
-
-    command = [sys.executable, str(tmp_path / "child.py"), str(tmp_path / "run"), str(tmp_path / "result")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
-
-    def start():
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-    for at in (6, 27):  # before the first checkpoint, and around the writing of the fourth
-        child = start()
-        assert child.stdout is not None
-        while int(child.stdout.readline()) < at:
-            pass
-        time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        assert child.returncode == -signal.SIGKILL
-    last = start()
-    steps, _ = last.communicate()
-    assert last.returncode == 0
-    assert int(steps.split()[0]) > 7, "the last start went on from a checkpoint"
-
-    def batches(step):
-        return np.random.default_rng(step).normal(size=(64, 40)).astype(np.float32)
-
-    undisturbed, _ = train(config_of(n_steps=60), batches)
-    assert_same(load_saelens(tmp_path / "result"), undisturbed)
 
 
 def test_a_new_run_in_an_old_folder_is_not_taken_for_the_old_one(tmp_path):
