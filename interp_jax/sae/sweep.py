@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from interp_jax.sae.autoencoder import SparseAutoencoder
+from interp_jax.sae.batch_stream import Batches
 from interp_jax.sae.step import Knobs, TrainState, finished, initial_state, knobs_of, step
-from interp_jax.sae.train import Batches, run_loop
 from interp_jax.sae.train_config import TrainConfig
+from interp_jax.sae.training_loop import run_loop
 
 __all__ = ["SweepRun", "sweep"]
 

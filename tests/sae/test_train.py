@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from interp_jax.sae import NonFiniteLossError, TrainConfig, evaluate, load_saelens, mean_max_cosine, train
+from interp_jax.sae import NonFiniteLossError, TrainConfig, evaluate, mean_max_cosine, train
 from interp_jax.sae.superposition import random_directions, superposed
 
 pytestmark = pytest.mark.caches  # a compiled step that is traced anew for every batch would take minutes
@@ -165,7 +165,9 @@ def test_a_nan_stops_the_run_at_its_step(tmp_path):
     def batches(step):
         return toy(step).at[3, 5].set(jnp.nan) if step == 6 else toy(step)
 
-    with pytest.raises(NonFiniteLossError, match=r"step 7 .*Likely causes: NaN or infinity in that batch"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 7 .*checkpoint, of step 4, is .*step_00000004. Likely causes: NaN"
+    ):
         train(config_of(), batches, checkpoint_dir=tmp_path)
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004"]
     resumed, _ = train(config_of(), toy, checkpoint_dir=tmp_path, resume=True)
