@@ -113,6 +113,8 @@ class TrainConfig:
     """Rows over which frequencies of latents are counted."""
     seed: int = 0
     """Seed of the initial directions and of what is drawn in training."""
+    steps_per_dispatch: int = 1
+    """Steps that one call of the compiled program does; more are faster where a step takes less than a millisecond."""
     log_every: int = 50
     """Steps from one line of metrics to the next."""
     checkpoint_every: int = 500
@@ -157,7 +159,7 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         for name in ("n_steps", "log_every", "checkpoint_every", "keep", "dead_after", "k_aux", "resample_every",
-                     "frequency_window"):  # fmt: skip
+                     "frequency_window", "steps_per_dispatch"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
         for name in ("learning_rate", "aux_coefficient", "warmup_steps", "l1_coefficient", "l0_coefficient",

@@ -38,7 +38,7 @@ from interp_jax.sae.train_config import TrainConfig
 
 __all__ = ["NonFiniteLossError", "run_loop"]
 
-_FREE = {"log_every", "checkpoint_every", "keep"}
+_FREE = {"log_every", "checkpoint_every", "keep", "steps_per_dispatch"}
 """Fields of the configuration that change no weight: a resumed run may have others."""
 
 
@@ -100,41 +100,63 @@ def run_loop(
         log = MetricsLog(directory, history)
         writer = None if directory is None else stack.enter_context(CheckpointWriter(directory, keep=config.keep))
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        step_fn = jax.jit(run_step, donate_argnums=0, out_shardings=(where, everywhere))
+        step_fn, steps_fn = (
+            jax.jit(function, donate_argnums=0, out_shardings=(where, everywhere))
+            for function in (run_step, _several(run_step))
+        )
+
+        def finish(first: int, array: Array) -> None:
+            """Takes the metrics of a dispatch off the device, which waits for it."""
+            for done, table in enumerate(np.asarray(array).reshape(-1, len(configs), len(METRICS)), first + 1):
+                metrics = [dict(zip(METRICS, map(float, row), strict=True)) for row in table]
+                if not any(math.isfinite(one["loss"]) for one in metrics):
+                    raise NonFiniteLossError(_explain(done, config, writer, directory))
+                if done % config.log_every == 0 or done == config.n_steps:
+                    for run, one in enumerate(metrics):
+                        log.add({"step": done, **({"run": run} if len(configs) > 1 else {}), **one})
+                if on_step is not None:
+                    on_step(done, metrics)
 
         pending: tuple[int, Array] | None = None
-
-        def finish(number_and_metrics: tuple[int, Array]) -> None:
-            """Takes a step's metrics off the device, which waits for it."""
-            number, array = number_and_metrics
-            table = np.asarray(array).reshape(len(configs), len(METRICS))
-            metrics = [dict(zip(METRICS, map(float, row), strict=True)) for row in table]
-            if not any(math.isfinite(one["loss"]) for one in metrics):
-                raise NonFiniteLossError(_explain(number, config, writer, directory))
-            if number % config.log_every == 0 or number == config.n_steps:
-                for run, one in enumerate(metrics):
-                    log.add({"step": number, **({"run": run} if len(configs) > 1 else {}), **one})
-            if on_step is not None:
-                on_step(number, metrics)
-
-        for number in range(first_step, config.n_steps):
-            batch = stream.next(number)
-            state, metrics = step_fn(state, batch, number)
+        done = first_step
+        while done < config.n_steps:
+            end = config.n_steps if writer is None else _next_checkpoint(config, done)
+            n = config.steps_per_dispatch if done + config.steps_per_dispatch <= end else 1
+            read = [stream.next(number) for number in range(done, done + n)]
+            state, metrics = step_fn(state, read[0], done) if n == 1 else steps_fn(state, read, done)
             if pending is not None:
-                finish(pending)
-            done = number + 1
+                finish(*pending)
             pending = (done, metrics)
+            done += n
             if writer is None:
                 continue
             writer.check()
-            if done % config.checkpoint_every == 0 or done == config.n_steps:
-                finish(pending)
+            if done == end:
+                finish(*pending)
                 pending = None
                 facts = {"configs": [dataclasses.asdict(one) for one in configs], "history": list(log.history)}
                 writer.save(done, state, facts, stream.position())
         if pending is not None:
-            finish(pending)
+            finish(*pending)
     return state, log.history
+
+
+def _several(
+    run_step: Callable[[TrainState, Any, Any], tuple[TrainState, Array]],
+) -> Callable[[TrainState, list[Any], Any], tuple[TrainState, Array]]:
+    """Steps over several batches in one program: what they return, their metrics along a new first axis."""
+
+    def run_steps(state: TrainState, batches: list[Any], first: Any) -> tuple[TrainState, Array]:
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *batches)
+        numbers = first + jnp.arange(len(batches))
+        return jax.lax.scan(lambda state, one: run_step(state, *one), state, (stacked, numbers))
+
+    return run_steps
+
+
+def _next_checkpoint(config: TrainConfig, done: int) -> int:
+    """The steps that are done when the next checkpoint is due."""
+    return min(config.n_steps, (done // config.checkpoint_every + 1) * config.checkpoint_every)
 
 
 def _lying(shapes: Any, where: Any) -> Any:

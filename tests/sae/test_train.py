@@ -191,3 +191,22 @@ def test_bad_inputs_are_refused_before_long_work(tmp_path):
         train(other, toy, checkpoint_dir=tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"holds arrays"):
         train(config_of(d_sae=128), toy, checkpoint_dir=tmp_path, resume=True)
+
+
+@pytest.mark.slow
+def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
+    config = config_of(n_steps=13, log_every=3, checkpoint_every=5)
+    whole, history = train(config, toy)
+    seen = []
+    together = dataclasses.replace(config, steps_per_dispatch=4)  # 4 and 1, 4 and 1, 3
+    with pytest.raises(Stop):
+        train(together, toy, checkpoint_dir=tmp_path, on_step=stop_at(8))
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000005"]
+    sae, same_history = train(
+        together, toy, checkpoint_dir=tmp_path, resume=True, on_step=lambda step, metrics: seen.append(step)
+    )
+    assert_same(sae, whole)
+    assert same_history == history
+    assert seen == list(range(6, 14))
+    with pytest.raises(NonFiniteLossError, match="step 3 "):
+        train(together, lambda step: toy(step) * (jnp.nan if step == 2 else 1))
