@@ -1,8 +1,12 @@
 """`interp-jax sae`: from text to a judged autoencoder, swept, evaluated and converted, on the tiny model."""
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +16,7 @@ import yaml
 import interp_jax as ij
 from interp_jax import sae_command
 from interp_jax.activations.wikipedia import articles
-from interp_jax.sae import JumpReLUSAE, TopKSAE, checkpoint, load_sae
+from interp_jax.sae import JumpReLUSAE, TopKSAE, load_sae
 from interp_jax.sae_command import TrainOptions, from_file, main
 
 pytestmark = [pytest.mark.demo, pytest.mark.caches]
@@ -64,21 +68,23 @@ def test_the_resolved_options_are_a_config_for_the_same_run(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(run, text, tmp_path, monkeypatch):
-    command = ["train", *SMALL, "--k", "5", "--text", text, "--out", str(tmp_path / "cut")]
-    save = checkpoint.save_checkpoint
-
-    def save_and_stop(directory, step, *args, **more):
-        save(directory, step, *args, **more)
-        if step == 8:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys.modules["interp_jax.sae.train"], "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        main(command)
-    monkeypatch.undo()
-    main([*command, "--resume"])
-    np.testing.assert_array_equal(load_sae(tmp_path / "cut" / "sae").W_dec[...], load_sae(run / "sae").W_dec[...])
+def test_a_command_that_is_killed_goes_on(run, text, tmp_path):
+    """Killed while the store is written, before the first checkpoint, and twice between or in checkpoints."""
+    out = tmp_path / "cut"
+    options = [*SMALL, "--k", "5", "--text", text, "--checkpoint-every", "1"]
+    command = [sys.executable, "-m", "interp_jax.cli", "sae", "train", *options, "--out", str(out), "--resume"]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    for seen in ("activations/*", "training/metrics.jsonl", "training/step_00000002", "training/step_00000006"):
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not list(out.glob(seen)):
+            assert child.poll() is None, f"it ended before {seen} was there"
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    np.testing.assert_array_equal(load_sae(out / "sae").W_dec[...], load_sae(run / "sae").W_dec[...])
+    assert (out / "training" / "metrics.jsonl").read_text() == (run / "training" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow
