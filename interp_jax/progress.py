@@ -1,7 +1,7 @@
 """Progress on anything that takes longer than two seconds: a bar with tokens a second and the time left.
 
-On a terminal it is a live bar. Elsewhere (a log, CI) a line is written at the start and at the end of each stage, so
-that a log stays readable.
+On a terminal it is a live bar. Elsewhere (a log, CI) a line is written at the start of each stage, every half minute
+and at the end, so that a log stays readable.
 """
 
 import contextlib
@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 import rich.console
 import rich.progress
 
-__all__ = ["advancing", "note", "working"]
+__all__ = ["Advance", "advancing", "note", "silence", "working"]
+
+_INTERVAL = 30.0
+"""Seconds from one line to the next, off a terminal."""
 
 _console = rich.console.Console(stderr=True)
 
@@ -21,7 +24,12 @@ class _Rate(rich.progress.ProgressColumn):
 
     def render(self, task: rich.progress.Task) -> str:
         unit = task.fields["unit"]
-        return f"{task.speed:,.0f} {unit}/s" if task.speed else f"- {unit}/s"
+        return f"{_count(task.speed)} {unit}/s" if task.speed else f"- {unit}/s"
+
+
+def silence() -> None:
+    """Shows nothing from now on: one of several processes that do the same tells enough."""
+    _console.quiet = True
 
 
 def note(text: str) -> None:
@@ -49,11 +57,62 @@ def working(description: str) -> Iterator[None]:
         return
     start = time.monotonic()
     yield
-    _console.print(f"{description}: {time.monotonic() - start:.0f} s", soft_wrap=True)
+    note(f"{description}: {time.monotonic() - start:.0f} s")
+
+
+class Advance:
+    """What a stage tells of its progress."""
+
+    def __init__(self, total: int, done: int, show: Callable[["Advance"], None]):
+        """A stage that begins now.
+
+        Args:
+            total: how many units there are.
+            done: how many were done before.
+            show: called whenever something changes.
+        """
+        self.total, self.done, self.text = total, done, ""
+        self._show = show
+        self.start_at(done)
+
+    def __call__(self, units: int, text: str | None = None) -> None:
+        """Tells that work was done.
+
+        Args:
+            units: how much.
+            text: what else is known now, shown beside the progress until there is other text.
+        """
+        self.done += units
+        self.text = self.text if text is None else text
+        self._show(self)
+
+    def start_at(self, done: int) -> None:
+        """Tells how many units an earlier run has done, which must not count in the speed.
+
+        Args:
+            done: how many.
+        """
+        self.done = self._done_before = done
+        self._start = time.monotonic()
+
+    @property
+    def new(self) -> int:
+        """Units that were done since the start."""
+        return self.done - self._done_before
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Units a second."""
+        return self.new / max(self.seconds, 1e-9)
 
 
 @contextlib.contextmanager
-def advancing(description: str, total: int, *, unit: str = "tokens", done: int = 0) -> Iterator[Callable[[int], None]]:
+def advancing(description: str, total: int, *, unit: str = "tokens", done: int = 0) -> Iterator[Advance]:
     """Shows the progress of the block.
 
     Args:
@@ -63,20 +122,25 @@ def advancing(description: str, total: int, *, unit: str = "tokens", done: int =
         done: how many were done before, by a run that is now resumed.
 
     Yields:
-        `advance(units)`, to be called as the work goes on.
+        `advance(units, text)`, to be called as the work goes on.
     """
     if not _console.is_terminal:
-        start, count = time.monotonic(), 0
+        next_line = time.monotonic() + _INTERVAL
 
-        def count_up(units: int) -> None:
-            nonlocal count
-            count += units
+        def show_line(advance: Advance) -> None:
+            nonlocal next_line
+            if time.monotonic() < next_line:
+                return
+            next_line = time.monotonic() + _INTERVAL
+            left = _clock((advance.total - advance.done) / advance.rate) if advance.new else "-"
+            text = f", {advance.text}" if advance.text else ""
+            rate = f"{_count(advance.rate)} {unit}/s"
+            note(f"{description}: {advance.done:,} of {advance.total:,} {unit}, {rate}, {left} left{text}")
 
-        _console.print(f"{description}: {total - done:,} {unit}", soft_wrap=True)
-        yield count_up
-        seconds = time.monotonic() - start
-        rate = f"{count / max(seconds, 1e-9):,.0f} {unit}/s"
-        _console.print(f"{description}: {count:,} {unit} in {seconds:.0f} s, {rate}", soft_wrap=True)
+        note(f"{description}: {total - done:,} {unit}")
+        advance = Advance(total, done, show_line)
+        yield advance
+        note(f"{description}: {advance.new:,} {unit} in {advance.seconds:.0f} s, {_count(advance.rate)} {unit}/s")
         return
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -84,7 +148,26 @@ def advancing(description: str, total: int, *, unit: str = "tokens", done: int =
         rich.progress.TaskProgressColumn(),
         _Rate(),
         rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[text]}", markup=False),
     )
     with rich.progress.Progress(*columns, console=_console) as progress:
-        task = progress.add_task(description, total=total, completed=done, unit=unit)
-        yield lambda units: progress.advance(task, units)
+        task = progress.add_task(description, total=total, completed=done, unit=unit, text="")
+        shown_before = done
+
+        def show_bar(advance: Advance) -> None:
+            nonlocal shown_before
+            if advance.done - advance.new != shown_before:  # begins elsewhere: speed is measured from there
+                shown_before = advance.done - advance.new
+                progress.reset(task, completed=shown_before)
+            progress.update(task, completed=advance.done, text=advance.text)
+
+        yield Advance(total, done, show_bar)
+
+
+def _count(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
