@@ -15,6 +15,7 @@ gives a new one.
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -26,7 +27,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from interp_jax.sae.column_sums import over_rows
 
-__all__ = ["Outcome", "SparseAutoencoder", "Sparsity", "affine", "check_sizes", "random_arrays"]
+__all__ = [
+    "Outcome",
+    "SparseAutoencoder",
+    "Sparsity",
+    "affine",
+    "check_sizes",
+    "known_affine",
+    "random_arrays",
+    "with_gradient",
+]
 
 S = TypeVar("S", bound="SparseAutoencoder")
 
@@ -198,6 +208,25 @@ class SparseAutoencoder(nnx.Module):
             mesh: what the arrays lie on (`interp_jax.sae.mesh`); None where that is one device.
         """
 
+    def objective_and_gradient(
+        self: S,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+        mesh: Mesh | None = None,
+    ) -> tuple[Outcome, S]:
+        """What training minimises, and its gradient by the autoencoder's parameters.
+
+        Args:
+            x: activations.
+            target: what is to be reconstructed: `x`, but for a transcoder.
+            row_weights: weight of each row's error.
+            sparsity: strength and form of the penalty.
+            mesh: what the arrays lie on; None where that is one device.
+        """
+        return with_gradient(lambda sae: sae.objective(x, target, row_weights, sparsity, mesh), self)
+
     def replace(self: S, **arrays: Any) -> S:
         """A copy with other arrays.
 
@@ -229,6 +258,22 @@ class SparseAutoencoder(nnx.Module):
         if self.W_skip is not None:
             arrays["W_skip"] = self.W_skip[...] * ratio
         return self.replace(**arrays)
+
+
+def with_gradient(objective: Callable[[S], Outcome], sae: S) -> tuple[Outcome, S]:
+    """The outcome of an objective, and its loss' gradient by the autoencoder's parameters.
+
+    Args:
+        objective: a function of the autoencoder.
+        sae: the autoencoder.
+    """
+
+    def loss_and_outcome(sae: S) -> tuple[Array, Outcome]:
+        outcome = objective(sae)
+        return outcome.loss, outcome
+
+    (_, outcome), gradient = jax.value_and_grad(loss_and_outcome, has_aux=True)(sae)
+    return outcome, gradient
 
 
 def random_arrays(
@@ -317,3 +362,31 @@ def _affine_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]):
 
 
 affine.defjvp(_affine_jvp, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def known_affine(
+    output: Float[Array, "*batch n"],
+    x: Float[Array, "*batch d_in"],
+    shift: Float[Array, "d_in"],
+    matrix: Float[Array, "d_in n"],
+    bias: Float[Array, "n"],
+) -> Float[Array, "*batch n"]:
+    """`affine`, whose output was computed before; differentiable by shift, matrix and bias.
+
+    Args:
+        output: the output.
+        x: rows.
+        shift: what is subtracted from each.
+        matrix: what they are multiplied by.
+        bias: what is added to each.
+    """
+    return output
+
+
+def _known_affine_backward(kept: tuple[Array, ...], gradient: Array):
+    x, *parameters = kept
+    return None, None, *jax.vjp(lambda *parameters: affine(x, *parameters), *parameters)[1](gradient)
+
+
+known_affine.defvjp(lambda output, *given: (output, given), _known_affine_backward)

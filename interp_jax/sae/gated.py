@@ -16,13 +16,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
-from interp_jax.sae.relu import dense_outcome, l1
+from interp_jax.sae.autoencoder import Outcome, Sparsity, random_arrays
+from interp_jax.sae.penalised import PenalisedSAE
+from interp_jax.sae.relu import dense_outcome, l1, sparse_l1, sparse_outcome
+from interp_jax.sae.sparse_pairs import SparsePairs, decode_at, per_latent_at
 
 __all__ = ["GatedSAE"]
 
 
-class GatedSAE(SparseAutoencoder):
+class GatedSAE(PenalisedSAE):
     """A gated sparse autoencoder."""
 
     code_offsets = ("b_gate", "b_mag")
@@ -70,10 +72,19 @@ class GatedSAE(SparseAutoencoder):
             x: activations.
         """
         gate = self.pre_activations(x)
+        return gate, self._codes(gate)
+
+    def _codes(self, gate: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:
+        return jnp.where(gate > 0, self._magnitudes(gate, *self._scale_and_offset()), 0)
+
+    def _scale_and_offset(self) -> tuple[Float[Array, "d_sae"], Float[Array, "d_sae"]]:
+        """How magnitudes come from gates: the product alone is the gate less its bias."""
         scale = jnp.exp(self.r_mag[...])
-        # The product alone is the gate less its bias.
-        magnitude = jax.nn.relu(gate * scale + (self.b_mag[...] - self.b_gate[...] * scale))
-        return gate, jnp.where(gate > 0, magnitude, 0)
+        return scale, self.b_mag[...] - self.b_gate[...] * scale
+
+    @staticmethod
+    def _magnitudes(gate: Array, scale: Array, offset: Array) -> Array:
+        return jax.nn.relu(gate * scale + offset)
 
     def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:
         """Dense codes of activations.
@@ -83,18 +94,43 @@ class GatedSAE(SparseAutoencoder):
         """
         return self.gates_and_codes(x)[1]
 
-    def objective(
+    def floor(self) -> Float[Array, "d_sae"]:
+        """Zero, for the gate."""
+        return jnp.zeros(self.d_sae)
+
+    def dense_objective(
         self,
+        pre: Float[Array, "batch d_sae"],
         x: Float[Array, "batch d_in"],
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
         mesh: Mesh | None = None,
     ) -> Outcome:
-        """Squared error, L1 of the gates and their own reconstruction; see `SparseAutoencoder.objective`."""
-        gate, codes = self.gates_and_codes(x)
-        opened = jax.nn.relu(gate)
+        """Squared error, L1 of the gates and their own reconstruction; see `PenalisedSAE.dense_objective`."""
+        codes, opened = self._codes(pre), jax.nn.relu(pre)
         frozen = jax.tree.map(jax.lax.stop_gradient, self)
-        alone = target - (frozen.decode(opened) + frozen.skipped(x))
-        auxiliary = jnp.mean(row_weights * jnp.sum(jnp.square(alone), axis=1))
+        auxiliary = _mean_square(target - (frozen.decode(opened) + frozen.skipped(x)), row_weights)
         return dense_outcome(self, codes, x, target, row_weights, l1(self, opened, sparsity) + auxiliary, mesh)
+
+    def sparse_objective(
+        self,
+        pre: Float[Array, "pairs"],
+        pairs: SparsePairs,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+    ) -> Outcome:
+        """Squared error, L1 of the gates and their own reconstruction; see `PenalisedSAE.sparse_objective`."""
+        scale, offset = (per_latent_at(parameter, pairs) for parameter in self._scale_and_offset())
+        codes = jnp.where(pairs.is_active, self._magnitudes(pre, scale, offset), 0)
+        frozen = jax.tree.map(jax.lax.stop_gradient, self)
+        alone = decode_at(pre, frozen.W_dec[...], pairs) + frozen.b_dec[...] + frozen.skipped(x)
+        auxiliary = _mean_square(target - alone, row_weights)
+        penalty = sparse_l1(self, pre, pairs, sparsity, len(x)) + auxiliary
+        return sparse_outcome(self, codes, pairs, x, target, row_weights, penalty)
+
+
+def _mean_square(error: Float[Array, "batch d_out"], row_weights: Float[Array, "batch"]) -> Float[Array, ""]:
+    return jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))

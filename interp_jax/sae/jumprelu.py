@@ -21,14 +21,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
+from interp_jax.sae.autoencoder import Outcome, Sparsity, random_arrays
 from interp_jax.sae.column_sums import over_rows
-from interp_jax.sae.relu import dense_outcome
+from interp_jax.sae.penalised import PenalisedSAE
+from interp_jax.sae.relu import dense_outcome, sparse_outcome
+from interp_jax.sae.sparse_pairs import SparsePairs, per_latent_at
 
 __all__ = ["JumpReLUSAE", "is_above", "jump_relu"]
 
 
-class JumpReLUSAE(SparseAutoencoder):
+class JumpReLUSAE(PenalisedSAE):
     """A JumpReLU sparse autoencoder."""
 
     b_enc: nnx.Param
@@ -106,20 +108,42 @@ class JumpReLUSAE(SparseAutoencoder):
         """
         return jump_relu(self.pre_activations(x), self.thresholds(), self.bandwidth)
 
-    def objective(
+    def floor(self) -> Float[Array, "d_sae"]:
+        """The thresholds less half of the rectangle by which their derivatives are estimated."""
+        return self.thresholds() - self.bandwidth / 2
+
+    def dense_objective(
         self,
+        pre: Float[Array, "batch d_sae"],
         x: Float[Array, "batch d_in"],
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
         mesh: Mesh | None = None,
     ) -> Outcome:
-        """Squared error plus L0; see `SparseAutoencoder.objective`."""
-        pre, thresholds = self.pre_activations(x), self.thresholds()
+        """Squared error plus L0; see `PenalisedSAE.dense_objective`."""
+        thresholds = self.thresholds()
         codes = jump_relu(pre, thresholds, self.bandwidth)
         l0 = jnp.sum(jnp.mean(is_above(pre, thresholds, self.bandwidth), axis=0))
-        measure = l0 if sparsity.l0_target is None else jnp.square(l0 / sparsity.l0_target - 1)
-        return dense_outcome(self, codes, x, target, row_weights, sparsity.coefficient * measure, mesh)
+        return dense_outcome(self, codes, x, target, row_weights, _penalty(l0, sparsity), mesh)
+
+    def sparse_objective(
+        self,
+        pre: Float[Array, "pairs"],
+        pairs: SparsePairs,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+    ) -> Outcome:
+        """Squared error plus L0; see `PenalisedSAE.sparse_objective`."""
+        thresholds = per_latent_at(self.thresholds(), pairs)
+        codes, above = (
+            jnp.where(pairs.is_active, of_pairs(pre, thresholds, self.bandwidth), 0)
+            for of_pairs in (jump_relu, is_above)
+        )
+        penalty = _penalty(jnp.sum(above) / len(x), sparsity)
+        return sparse_outcome(self, codes, pairs, x, target, row_weights, penalty)
 
     def in_units(self, input_scale: Float[Array, ""], output_scale: Float[Array, ""]) -> "JumpReLUSAE":
         """The autoencoder for unscaled activations; see `SparseAutoencoder.in_units`."""
@@ -127,6 +151,10 @@ class JumpReLUSAE(SparseAutoencoder):
         if self.is_log:
             return scaled.replace(log_threshold=self.log_threshold[...] - jnp.log(output_scale))
         return scaled.replace(threshold=self.threshold[...] / output_scale)
+
+
+def _penalty(l0: Float[Array, ""], sparsity: Sparsity) -> Float[Array, ""]:
+    return sparsity.coefficient * (l0 if sparsity.l0_target is None else jnp.square(l0 / sparsity.l0_target - 1))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

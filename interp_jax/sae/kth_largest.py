@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from interp_jax.sae.true_places import first_true, true_places
+
 __all__ = ["LargestPairs", "kth_largest", "largest_pairs", "largest_pairs_of_shard"]
 
 GROUP = 16
@@ -86,15 +88,7 @@ def largest_pairs_of_shard(
     """
     is_kept = _kept_of_shard(values, k, rows_axis, columns_axis)
     n, count = values.shape[1], min(k, values.size)
-    if values.size % GROUP or values.size // GROUP <= count:
-        places = _true_places(is_kept.ravel(), count)
-    else:
-        groups = is_kept.reshape(-1, GROUP)
-        chosen = _true_places(jnp.any(groups, axis=1), count)
-        candidates = (chosen >= 0)[:, None] & groups[chosen]
-        within = _true_places(candidates.ravel(), count)
-        of_group, offset = _split(within, GROUP)
-        places = jnp.where(within < 0, -1, chosen[of_group] * GROUP + offset)
+    places = first_true(true_places(is_kept), count)
     return LargestPairs(jnp.where(places < 0, 0, values.ravel()[places]), *_split(places, n))
 
 
@@ -111,14 +105,7 @@ def _first_places(values: Float[Array, "n"], k: int) -> Int[Array, "k"]:
     # Ties with the k-th fill what the larger ones leave, the first ones first.
     ties = (values == kth) & (kth > 0)
     room = k - jnp.sum(above, dtype=jnp.int32)
-    return _true_places(above | (ties & (jnp.cumsum(ties, dtype=jnp.int32) <= room)), k)
-
-
-def _true_places(is_kept: Bool[Array, "n"], k: int) -> Int[Array, "k"]:
-    """In rising order, where the first k true ones stand; -1 for those that there are not."""
-    running = jnp.cumsum(is_kept, dtype=jnp.int32)
-    places = jnp.searchsorted(running, jnp.arange(1, k + 1, dtype=jnp.int32)).astype(jnp.int32)
-    return jnp.where(places < len(is_kept), places, -1)
+    return first_true(true_places(above | (ties & (jnp.cumsum(ties, dtype=jnp.int32) <= room))), k)
 
 
 def _kept_of_shard(values: Float[Array, "rows n"], k: int, rows_axis: str, columns_axis: str) -> Bool[Array, "rows n"]:

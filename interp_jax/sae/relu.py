@@ -15,11 +15,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
 from interp_jax.sae.column_sums import count_positive
+from interp_jax.sae.penalised import PenalisedSAE
+from interp_jax.sae.sparse_pairs import SparsePairs, decode_at, per_latent_at, sum_per_latent
 
-__all__ = ["ReLUSAE", "dense_outcome", "l1"]
+__all__ = ["ReLUSAE", "dense_outcome", "l1", "sparse_l1", "sparse_outcome"]
 
 
-class ReLUSAE(SparseAutoencoder):
+class ReLUSAE(PenalisedSAE):
     """A ReLU sparse autoencoder."""
 
     b_enc: nnx.Param
@@ -57,17 +59,35 @@ class ReLUSAE(SparseAutoencoder):
         """
         return jax.nn.relu(self.pre_activations(x))
 
-    def objective(
+    def floor(self) -> Float[Array, "d_sae"]:
+        """Zero."""
+        return jnp.zeros(self.d_sae)
+
+    def dense_objective(
         self,
+        pre: Float[Array, "batch d_sae"],
         x: Float[Array, "batch d_in"],
         target: Float[Array, "batch d_out"],
         row_weights: Float[Array, "batch"],
         sparsity: Sparsity,
         mesh: Mesh | None = None,
     ) -> Outcome:
-        """Squared error plus L1; see `SparseAutoencoder.objective`."""
-        codes = self.encode(x)
+        """Squared error plus L1; see `PenalisedSAE.dense_objective`."""
+        codes = jax.nn.relu(pre)
         return dense_outcome(self, codes, x, target, row_weights, l1(self, codes, sparsity), mesh)
+
+    def sparse_objective(
+        self,
+        pre: Float[Array, "pairs"],
+        pairs: SparsePairs,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+    ) -> Outcome:
+        """Squared error plus L1; see `PenalisedSAE.sparse_objective`."""
+        penalty = sparse_l1(self, pre, pairs, sparsity, len(x))
+        return sparse_outcome(self, pre, pairs, x, target, row_weights, penalty)
 
 
 def l1(sae: SparseAutoencoder, codes: Float[Array, "batch d_sae"], sparsity: Sparsity) -> Float[Array, ""]:
@@ -83,6 +103,23 @@ def l1(sae: SparseAutoencoder, codes: Float[Array, "batch d_sae"], sparsity: Spa
     else:
         sizes = jnp.sum(codes, axis=1)
     return sparsity.coefficient * jnp.mean(sizes)
+
+
+def sparse_l1(
+    sae: SparseAutoencoder, codes: Float[Array, "pairs"], pairs: SparsePairs, sparsity: Sparsity, batch: int
+) -> Float[Array, ""]:
+    """`l1` of codes by (row, latent) pairs.
+
+    Args:
+        sae: the autoencoder.
+        codes: its codes at the pairs; zero at inactive ones.
+        pairs: the pairs.
+        sparsity: the coefficient, and whether a code counts times its row's norm.
+        batch: how many rows there are.
+    """
+    if sparsity.is_norm_weighted:
+        codes = codes * per_latent_at(jnp.linalg.norm(sae.W_dec[...], axis=1), pairs)
+    return sparsity.coefficient * (jnp.sum(codes) / batch)
 
 
 def dense_outcome(
@@ -109,3 +146,29 @@ def dense_outcome(
     squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
     loss = squared_error + penalty
     return Outcome(loss, squared_error, error, count_positive(codes, is_split=mesh is not None), jnp.zeros(()))
+
+
+def sparse_outcome(
+    sae: SparseAutoencoder,
+    codes: Float[Array, "pairs"],
+    pairs: SparsePairs,
+    x: Float[Array, "batch d_in"],
+    target: Float[Array, "batch d_out"],
+    row_weights: Float[Array, "batch"],
+    penalty: Float[Array, ""],
+) -> Outcome:
+    """`dense_outcome` from codes by (row, latent) pairs.
+
+    Args:
+        sae: the autoencoder.
+        codes: its codes at the pairs, not negative; zero at inactive ones.
+        pairs: the pairs, each in its row's place.
+        x: activations.
+        target: what is to be reconstructed.
+        row_weights: weight of each row's error.
+        penalty: added to the squared error.
+    """
+    error = target - (decode_at(codes, sae.W_dec[...], pairs) + sae.b_dec[...] + sae.skipped(x))
+    squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
+    firings = sum_per_latent(jnp.asarray(jax.lax.stop_gradient(codes) > 0, codes.dtype), pairs).astype(jnp.int32)
+    return Outcome(squared_error + penalty, squared_error, error, firings, jnp.zeros(()))

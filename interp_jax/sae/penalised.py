@@ -1,0 +1,147 @@
+"""What the kinds have in common whose codes a penalty makes sparse: a step that costs what its codes cost.
+
+Such codes are dense when training starts and a few hundred steps later nearly all zero; then four of the five products
+of a dense step multiply zeros. So the encoder is run first, the (row, latent) pairs that matter are counted, and where
+they are few the rest of the step is about them alone (`sparse_pairs`), at half the time of the dense one. The result is
+the same but for rounding, and which way it came is a function of the batch and the weights: runs stay repeatable.
+
+That is so on a CPU. On accelerators, where products are cheap and gathers are not, and on a mesh the step is always
+dense. Under `jax.vmap` a choice by data would compute all ways at once, so there one autoencoder is worked on after
+another.
+"""
+
+import abc
+import functools
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, known_affine, with_gradient
+from interp_jax.sae.encoder_gradients import sparse_weights
+from interp_jax.sae.sparse_pairs import SparsePairs, first_pairs, pre_activations_at
+from interp_jax.sae.true_places import true_places
+
+__all__ = ["PenalisedSAE"]
+
+P = TypeVar("P", bound="PenalisedSAE")
+
+_FEW = (256, 96)
+"""Pairs are few where they are at most one of so many entries of the dense codes; there is room for either number."""
+_LARGE = 2**21
+"""Entries of the dense codes from which on it is worth to compile the step in more ways than one."""
+
+
+class PenalisedSAE(SparseAutoencoder):
+    """An autoencoder whose objective is a function of the encoder's output, dense or at the pairs that matter."""
+
+    @abc.abstractmethod
+    def floor(self) -> Float[Array, "d_sae"]:
+        """What a latent's pre-activation must exceed to have any part in the objective or in a derivative of it."""
+
+    @abc.abstractmethod
+    def dense_objective(
+        self,
+        pre: Float[Array, "batch d_sae"],
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+        mesh: Mesh | None = None,
+    ) -> Outcome:
+        """`objective`, of the encoder's output.
+
+        Args:
+            pre: the encoder's output before its nonlinearity.
+            x: activations.
+            target: what is to be reconstructed.
+            row_weights: weight of each row's error.
+            sparsity: strength and form of the penalty.
+            mesh: what the arrays lie on; None where that is one device.
+        """
+
+    @abc.abstractmethod
+    def sparse_objective(
+        self,
+        pre: Float[Array, "pairs"],
+        pairs: SparsePairs,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+    ) -> Outcome:
+        """`dense_objective` from the pairs above `floor`, at which alone the encoder's output is given.
+
+        Args:
+            pre: the encoder's output at the pairs; zero at inactive ones.
+            pairs: the pairs.
+            x: activations.
+            target: what is to be reconstructed.
+            row_weights: weight of each row's error.
+            sparsity: strength and form of the penalty.
+        """
+
+    def objective(
+        self,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+        mesh: Mesh | None = None,
+    ) -> Outcome:
+        """See `SparseAutoencoder.objective`."""
+        return self.dense_objective(self.pre_activations(x), x, target, row_weights, sparsity, mesh)
+
+    def objective_and_gradient(
+        self: P,
+        x: Float[Array, "batch d_in"],
+        target: Float[Array, "batch d_out"],
+        row_weights: Float[Array, "batch"],
+        sparsity: Sparsity,
+        mesh: Mesh | None = None,
+    ) -> tuple[Outcome, P]:
+        """See `SparseAutoencoder.objective_and_gradient`."""
+        if mesh is not None or len(x) * self.d_sae < _LARGE:
+            return SparseAutoencoder.objective_and_gradient(self, x, target, row_weights, sparsity, mesh)
+
+        def densely(sae: P, coefficient: Array, x: Array, target: Array, row_weights: Array) -> tuple[Outcome, P]:
+            now = sparsity._replace(coefficient=coefficient)
+            return SparseAutoencoder.objective_and_gradient(sae, x, target, row_weights, now)
+
+        def by_count(sae: P, coefficient: Array, x: Array, target: Array, row_weights: Array) -> tuple[Outcome, P]:
+            return _by_count(sae, x, target, row_weights, sparsity._replace(coefficient=coefficient))
+
+        given = (self, jnp.asarray(sparsity.coefficient, x.dtype), x, target, row_weights)
+        by_count = jax.custom_batching.sequential_vmap(by_count)
+        return jax.lax.platform_dependent(*given, cpu=by_count, default=densely)
+
+
+def _by_count(sae: P, x: Array, target: Array, row_weights: Array, sparsity: Sparsity) -> tuple[Outcome, P]:
+    """The objective and its gradient by no more pairs than there are, or densely where they are many."""
+    batch, d_sae = len(x), sae.d_sae
+    pre = sae.pre_activations(x)
+    mask = true_places(pre > sae.floor())
+
+    def densely() -> tuple[Outcome, P]:
+        def objective(sae: P) -> Outcome:
+            W_enc, bias, _, shift = sparse_weights(sae)
+            known = known_affine(pre, x, shift, W_enc, bias)
+            return sae.dense_objective(known, x, target, row_weights, sparsity)
+
+        return with_gradient(objective, sae)
+
+    def sparsely(n_pairs: int) -> tuple[Outcome, P]:
+        pairs = first_pairs(mask, (batch, d_sae), n_pairs)
+        values = jnp.where(pairs.is_active, pre[pairs.rows, pairs.columns], 0)
+
+        def objective(sae: P) -> Outcome:
+            known = pre_activations_at(sparse_weights(sae), x, values, pairs)
+            return sae.sparse_objective(known, pairs, x, target, row_weights, sparsity)
+
+        return with_gradient(objective, sae)
+
+    sizes = [pre.size // share for share in _FEW]
+    way = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), mask.total)
+    return jax.lax.switch(way, [*(functools.partial(sparsely, size) for size in sizes), densely])
