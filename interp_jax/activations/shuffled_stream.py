@@ -1,0 +1,64 @@
+"""A stream of activations in mixed order that `train` can interrupt: where it stands is kept in each checkpoint.
+
+    stream = ShuffledStream(batches_from, capacity=100_000, batch_size=4096)
+    train(config, stream, checkpoint_dir="run", resume=True)
+
+A resumed run starts the source where the buffer had read to, with the buffer as it was: nothing is computed twice but
+for what was read since the last checkpoint. Hazard: each checkpoint then holds the whole buffer.
+"""
+
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from interp_jax.activations.shuffle_buffer import ShuffleBuffer
+
+__all__ = ["ShuffledStream"]
+
+
+class ShuffledStream:
+    """Batches of a stream in mixed order, `Restorable` as `interp_jax.sae.batch_stream` wants them."""
+
+    def __init__(self, source: Callable[[int], Iterable[Any]], *, capacity: int, batch_size: int, seed: int = 0):
+        """A stream.
+
+        Args:
+            source: gives the stream's `[n, d_in]` arrays from a number of them on; always the same ones.
+            capacity: rows that the buffer holds.
+            batch_size: rows a batch.
+            seed: seed of the mixing.
+
+        Raises:
+            ValueError: as `ShuffleBuffer` does.
+        """
+        self._source = source
+        self._buffer = ShuffleBuffer(capacity=capacity, batch_size=batch_size, seed=seed)
+
+    def __iter__(self) -> Iterator[Float[np.ndarray, "batch d_in"]]:
+        """The batches that are still to come."""
+        return self._buffer.batches(self._source(self._buffer.n_taken))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: the buffer, and how much of the source it has read."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "buffer"
+            self._buffer.save(path)
+            return {"buffer": np.fromfile(path, np.uint8)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes back to where the stream stood.
+
+        Args:
+            state_dict: what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is of a buffer of another capacity or batch size.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "buffer"
+            state_dict["buffer"].tofile(path)
+            self._buffer.restore(path)
