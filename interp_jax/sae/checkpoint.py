@@ -142,8 +142,8 @@ class CheckpointWriter:
             kept = "There is no whole checkpoint." if whole is None else f"The newest whole checkpoint is {whole}."
             free = shutil.disk_usage(self._directory).free
             raise OSError(
-                f"checkpoint {path} could not be written: it takes up to {_megabytes(needed)}, and "
-                f"{_megabytes(free)} are free. {kept} Make room, and go on with resume. ({_first_line(error)})"
+                f"checkpoint {path} could not be written: it takes up to {_sized(needed)}, and "
+                f"{_sized(free)} are free. {kept} Make room, and go on with resume. ({_first_line(error)})"
             ) from error
 
 
@@ -255,7 +255,7 @@ def check_room(directory: pathlib.Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
-            f"{what} takes up to {_megabytes(needed)}, and {_megabytes(free)} are free where {directory} is. Nothing "
+            f"{what} takes up to {_sized(needed)}, and {_sized(free)} are free where {directory} is. Nothing "
             "that was written is lost. Make room, or write elsewhere."
         )
 
@@ -332,8 +332,8 @@ def _write_data(path: pathlib.Path, data: bytes | None) -> None:
         write_whole(_data_path(path, jax.process_index()), data)
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+def _sized(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _first_line(error: BaseException) -> str:
