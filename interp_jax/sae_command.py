@@ -5,11 +5,15 @@ A run is a folder:
     run.json          every option as it was resolved
     activations/      the store: shards of activations, kept for another run on the same site
     training/         checkpoints and metrics.jsonl
+    tensorboard/      the same metrics, with `--log-to tensorboard`
     sae/              the autoencoder in SAELens' layout
     evaluation.json   what it does on held-out text
     run_000/ ...      in a sweep: `sae/` and `evaluation.json` of each run
 
 Whatever was interrupted goes on with `--resume`, from the last whole shard and the last whole checkpoint.
+
+Several processes (`--distributed`) share that folder. The first makes the activations; then each trains on its rows of
+every batch, and the first alone writes and prints.
 """
 
 import contextlib
@@ -20,12 +24,14 @@ import pathlib
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 import yaml
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from interp_jax.activations.splice_losses import N_PASSES, splice_losses
@@ -36,7 +42,7 @@ from interp_jax.activations.text_files import read_documents
 from interp_jax.activations.tokens import pack, split_documents
 from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.progress import advancing, working
+from interp_jax.progress import advancing, silence, working
 from interp_jax.sae import (
     SparseAutoencoder,
     TrainConfig,
@@ -47,6 +53,9 @@ from interp_jax.sae import (
     sweep,
     train,
 )
+from interp_jax.sae.loggers import TensorBoardLogger, WandbLogger, check_installed
+from interp_jax.sae.mesh import DATA, LATENT, mesh_over_devices, on_host, own_rows, training_mesh
+from interp_jax.sae.several_processes import ALONE, Processes, first_before_others, is_first_process
 from interp_jax.whole_file import write_whole
 
 __all__ = ["EvaluateOptions", "TrainOptions", "from_file", "main", "run_evaluate", "run_sweep", "run_train"]
@@ -55,7 +64,8 @@ _SINK = 3.0
 """Activations of more than this many times the median norm are sinks: left out of training, left alone in splices."""
 _ROWS = 8
 """Rows of tokens a forward pass."""
-_OWN = ("model", "layer", "site", "text", "n_tokens", "n_held_out", "context", "batch_size", "out", "activations")
+_OWN = ("model", "layer", "site", "text", "n_tokens", "n_held_out", "context", "batch_size", "out", "activations",
+        "mesh", "log_to")  # fmt: skip
 """The options that are not the autoencoder's."""
 
 
@@ -93,6 +103,10 @@ class TrainOptions(TrainConfig):
     """The folder of the run."""
     activations: pathlib.Path | None = None
     """The folder of the activation store; `activations` in the run's folder when left out."""
+    mesh: str | None = None
+    """Devices to train on: `data=2,latent=4` splits each batch in two and the dictionary in four; else one device."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
         """Nothing is checked before the width is known; `config_for` does it."""
@@ -154,6 +168,7 @@ def _commands(defaults: TrainOptions) -> tyro.extras.SubcommandApp:
         options: tyro.conf.OmitArgPrefixes[TrainOptions] = defaults,
         config: pathlib.Path | None = None,
         resume: bool = False,
+        processes: tyro.conf.OmitArgPrefixes[Processes] = ALONE,
     ) -> None:
         """Trains an autoencoder on a model's activations, judges it on held-out text, writes it in SAELens' layout.
 
@@ -161,8 +176,9 @@ def _commands(defaults: TrainOptions) -> tyro.extras.SubcommandApp:
             options: Where the activations are from, and how the autoencoder is trained.
             config: A YAML or TOML file of options; those given beside it go before it.
             resume: Go on from what an interrupted run left.
+            processes: Several processes that train together.
         """
-        run_train(options, resume=resume)
+        run_train(options, resume=resume, processes=processes)
 
     @app.command(name="sweep")
     def train_many(
@@ -171,6 +187,7 @@ def _commands(defaults: TrainOptions) -> tyro.extras.SubcommandApp:
         options: tyro.conf.OmitArgPrefixes[TrainOptions] = defaults,
         config: pathlib.Path | None = None,
         resume: bool = False,
+        processes: tyro.conf.OmitArgPrefixes[Processes] = ALONE,
     ) -> None:
         """Trains one autoencoder for every combination of some values, in one program on one stream of activations.
 
@@ -179,8 +196,9 @@ def _commands(defaults: TrainOptions) -> tyro.extras.SubcommandApp:
             options: Where the activations are from, and how the autoencoders are trained.
             config: A YAML or TOML file of options; those given beside it go before it.
             resume: Go on from what an interrupted run left.
+            processes: Several processes that train together.
         """
-        run_sweep(options, vary, resume=resume)
+        run_sweep(options, vary, resume=resume, processes=processes)
 
     @app.command(name="evaluate")
     def judge(
@@ -258,8 +276,8 @@ def _as_hinted(path: pathlib.Path, name: str, value: Any, hint: Any) -> Any:
         return value
     if pathlib.Path in kinds and isinstance(value, str):
         return pathlib.Path(value)
-    if typing.get_origin(hint) is tuple and isinstance(value, list) and all(type(one) is int for one in value):
-        return tuple(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_as_hinted(path, name, one, options[0]) for one in value)
     if float in kinds and isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             return float(value)
@@ -269,39 +287,43 @@ def _as_hinted(path: pathlib.Path, name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{path}: {name} is {value!r}; expected {getattr(expected, '__name__', expected)}.")
 
 
-def run_train(options: TrainOptions, *, resume: bool) -> None:
+def run_train(options: TrainOptions, *, resume: bool, processes: Processes = ALONE) -> None:
     """Trains one autoencoder and judges it.
 
     Args:
         options: of the command.
         resume: whether to go on from what an interrupted run left.
+        processes: those that train together.
     """
     options.config_for(1)  # whatever its options have wrong is told before the model is loaded
+    mesh = _devices(options, processes)
     model, layer, rows, held_out = _prepared(options)
-    store, among, keep_above = _store(options, model, layer, rows)
+    store, among, keep_above = first_before_others(lambda: _store(options, model, layer, rows))
     config = options.config_for(store.d_in)
-    _write_options(options, config, layer)
-    batches = store.shuffled(options.batch_size, seed=options.seed, among=among)
-    with advancing("Training", config.n_steps * options.batch_size, unit="activations") as advance:
+    with contextlib.ExitStack() as stack:
+        loggers = _written(options, config, layer, stack)
         sae, history = train(
             config,
-            batches,
-            on_step=lambda number, metrics: advance(options.batch_size),
+            _batches(options, store, among, mesh),
+            mesh=mesh,
+            on_step=_shown(stack, "Training", config.n_steps),
             checkpoint_dir=options.out / "training",
             resume=resume,
+            loggers=loggers,
         )
     _save_and_judge(options.out, sae, model, options.site, layer, held_out, keep_above)
-    print(f"last step: fvu {history[-1]['fvu']:.3f}, L0 {history[-1]['l0']:.1f}, dead {history[-1]['dead_share']:.1%}")
-    print(f"The autoencoder is in {options.out / 'sae'}.")
+    _say(f"last step: {_in_words([history[-1]])}")
+    _say(f"The autoencoder is in {options.out / 'sae'}.")
 
 
-def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool) -> None:
+def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool, processes: Processes = ALONE) -> None:
     """Trains an autoencoder for every combination of some values, all in one program, and judges each.
 
     Args:
         options: of the command.
         vary: `name=value,value`, of what may differ in a sweep.
         resume: whether to go on from what an interrupted run left.
+        processes: those that train together.
 
     Raises:
         ValueError: if a value does not parse, or a name may not differ.
@@ -312,28 +334,30 @@ def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool) -> No
     variants = [dataclasses.replace(options, **values) for values in combinations]
     for one in variants:
         one.config_for(1)  # whatever its options have wrong is told before the model is loaded
+    mesh = _devices(options, processes)
     model, layer, rows, held_out = _prepared(options)
-    store, among, keep_above = _store(options, model, layer, rows)
+    store, among, keep_above = first_before_others(lambda: _store(options, model, layer, rows))
     configs = [one.config_for(store.d_in) for one in variants]
-    _write_options(options, options.config_for(store.d_in), layer)
-    batches = store.shuffled(options.batch_size, seed=options.seed, among=among)
-    total = len(configs) * options.n_steps * options.batch_size
-    with advancing(f"Training {len(configs)} autoencoders", total, unit="activations") as advance:
+    with contextlib.ExitStack() as stack:
+        loggers = _written(options, options.config_for(store.d_in), layer, stack)
         runs = sweep(
             configs,
-            batches,
-            on_step=lambda number, metrics: advance(len(configs) * options.batch_size),
+            _batches(options, store, among, mesh),
+            mesh=mesh,
+            on_step=_shown(stack, f"Training {len(configs)} autoencoders", options.n_steps),
             checkpoint_dir=options.out / "training",
             resume=resume,
+            loggers=loggers,
         )
     table = []
     for number, (run, values) in enumerate(zip(runs, combinations, strict=True)):
         folder = options.out / f"run_{number:03d}"
-        print(f"\n{folder}: {', '.join(f'{name}={value}' for name, value in values.items()) or 'the options as given'}")
+        _say(f"\n{folder}: {', '.join(f'{name}={value}' for name, value in values.items()) or 'the options as given'}")
         found = _save_and_judge(folder, run.sae, model, options.site, layer, held_out, keep_above)
         table.append({"run": number, **values, **found})
-    write_whole(options.out / "sweep.json", json.dumps(table, indent=1).encode())
-    print(f"\nAll runs side by side: {options.out / 'sweep.json'}")
+    if is_first_process():
+        write_whole(options.out / "sweep.json", json.dumps(table, indent=1).encode())
+    _say(f"\nAll runs side by side: {options.out / 'sweep.json'}")
 
 
 def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
@@ -349,10 +373,11 @@ def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
             f"{path} is a transcoder, and the command reads one site: judge it by "
             "`interp_jax.activations.splice_losses.splice_losses` with its input_site."
         )
+    documents = _documents(options.text)
     with working(f"Loading {options.model}"):
         model = load(options.model)
     layer = _layer(model, options.layer)
-    _, held_out = _token_rows(options.text, model, options.context, None, options.n_held_out)
+    _, held_out = _token_rows(options.text, documents, model, options.context, None, options.n_held_out)
     found = _judged(sae, model, options.site, layer, held_out, float("inf"))
     if options.out is not None:
         write_whole(options.out, json.dumps(found, indent=1).encode())
@@ -362,10 +387,11 @@ def _prepared(
     options: TrainOptions,
 ) -> tuple[LanguageModel, int, Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
     """The model, the layer, and rows to train on and to judge by."""
+    documents = _documents(options.text)
     with working(f"Loading {options.model}"):
         model = load(options.model)
     layer = _layer(model, options.layer)
-    rows, held_out = _token_rows(options.text, model, options.context, options.n_tokens, options.n_held_out)
+    rows, held_out = _token_rows(options.text, documents, model, options.context, options.n_tokens, options.n_held_out)
     n_rows = len(rows) * (options.context - 1)
     if not 1 <= options.batch_size <= n_rows:
         raise ValueError(f"batch_size is {options.batch_size}; expected 1 to {n_rows:,}, the activations of n_tokens.")
@@ -380,16 +406,22 @@ def _layer(model: LanguageModel, layer: int | None) -> int:
     return layer
 
 
-def _token_rows(
-    text: str, model: LanguageModel, context: int, n_tokens: int | None, n_held_out: int
-) -> tuple[Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
-    """Rows to train on, drawn from all over the text, and rows of other documents."""
+def _documents(text: str) -> list[str]:
+    """The documents of a text, read before anything that takes long."""
     if text == "wikipedia":
         from interp_jax.activations.wikipedia import articles
 
-        documents = [article.text for article in articles()]
-    else:
-        documents = read_documents(text)
+        return [article.text for article in articles()]
+    documents = read_documents(text)
+    if not any(document.strip() for document in documents):
+        raise ValueError(f"{text} holds no text.")
+    return documents
+
+
+def _token_rows(
+    text: str, documents: list[str], model: LanguageModel, context: int, n_tokens: int | None, n_held_out: int
+) -> tuple[Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
+    """Rows to train on, drawn from all over the text, and rows of other documents."""
     if len(documents) > 1:
         train_rows, held_out = (pack(part, model.tokenizer, context) for part in split_documents(documents))
     else:  # one document: its end is held out
@@ -419,10 +451,92 @@ def _store(
     return store, np.flatnonzero(norms <= keep_above), keep_above
 
 
-def _write_options(options: TrainOptions, config: TrainConfig, layer: int) -> None:
+def _devices(options: TrainOptions, processes: Processes) -> Mesh | None:
+    """The devices to train on, of all processes, which are joined here; what does not fit is told before long work."""
+    sizes = None if options.mesh is None else _mesh_sizes(options.mesh)
+    if processes.distributed and sizes is None:
+        raise ValueError("--distributed needs --mesh: `data=N,latent=M` with as many devices as all processes have.")
+    processes.join()
+    if not is_first_process():
+        silence()
+    for name in options.log_to:
+        check_installed(name)
+    if sizes is None:
+        return None
+    mesh = training_mesh(mesh_over_devices(**sizes), options.d_sae)
+    own_rows(mesh, options.batch_size)
+    return mesh
+
+
+def _mesh_sizes(text: str) -> dict[str, int]:
+    sizes = {DATA: 1, LATENT: 1}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in sizes or not size.isdecimal():
+            raise ValueError(f"mesh is {text!r}; expected `{DATA}=2,{LATENT}=4`, or one of the two.")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _batches(
+    options: TrainOptions, store: ActivationStore, among: Int[np.ndarray, "n"], mesh: Mesh | None
+) -> Callable[[int], np.ndarray]:
+    """Batches by step; of each the rows that this process is to give."""
+    batches = store.shuffled(options.batch_size, seed=options.seed, among=among)
+    if jax.process_count() == 1 or mesh is None:
+        return batches
+    rows = own_rows(mesh, options.batch_size)
+    return lambda step: batches(step)[rows]
+
+
+def _shown(stack: contextlib.ExitStack, description: str, n_steps: int) -> Callable[[int, Any], None]:
+    """Shows steps as they are done, with their metrics."""
+    advance = stack.enter_context(advancing(description, n_steps, unit="steps"))
+    is_begun = False
+
+    def on_step(done: int, metrics: dict[str, float] | list[dict[str, float]]) -> None:
+        nonlocal is_begun
+        if not is_begun:
+            advance.start_at(done - 1)
+            is_begun = True
+        advance(1, _in_words(metrics if isinstance(metrics, list) else [metrics]))
+
+    return on_step
+
+
+def _in_words(metrics: Sequence[Mapping[str, float]]) -> str:
+    """A step's metrics, short; of a sweep the least and the greatest."""
+
+    def ends(name: str, form: str) -> str:
+        shown = [format(end([one[name] for one in metrics]), form) for end in (min, max)]
+        return shown[0] if len(metrics) == 1 else " to ".join(shown)
+
+    return ", ".join([
+        f"loss {ends('loss', '.4g')}", f"fvu {ends('fvu', '.3f')}", f"L0 {ends('l0', '.1f')}",
+        f"dead {ends('dead_share', '.1%')}",
+    ])  # fmt: skip
+
+
+def _written(
+    options: TrainOptions, config: TrainConfig, layer: int, stack: contextlib.ExitStack
+) -> list[TensorBoardLogger | WandbLogger]:
+    """Writes the options as they were resolved, and opens what metrics are logged to; the first process does."""
+    if not is_first_process():
+        return []
     resolved = {**dataclasses.asdict(config), **{name: getattr(options, name) for name in _OWN}, "layer": layer}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out / "run.json", json.dumps(resolved, indent=1, default=str).encode())
+    text = json.dumps(resolved, indent=1, default=str)
+    write_whole(options.out / "run.json", text)
+    loggers = []
+    if "tensorboard" in options.log_to:
+        loggers.append(stack.enter_context(TensorBoardLogger(options.out / "tensorboard")))
+    if "wandb" in options.log_to:
+        loggers.append(stack.enter_context(WandbLogger(options.out, json.loads(text))))
+    return loggers
+
+
+def _say(text: str) -> None:
+    if is_first_process():
+        print(text)
 
 
 def _save_and_judge(
@@ -434,10 +548,13 @@ def _save_and_judge(
     held_out: Int[np.ndarray, "rows context"],
     keep_above: float,
 ) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_sae(sae, folder / "sae", layout="saelens", model_name=model.name, hook_name=f"{site}.{layer}")
+    sae = on_host(sae)
+    if is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_sae(sae, folder / "sae", layout="saelens", model_name=model.name, hook_name=f"{site}.{layer}")
     found = _judged(sae, model, site, layer, held_out, keep_above)
-    write_whole(folder / "evaluation.json", json.dumps(found, indent=1).encode())
+    if is_first_process():
+        write_whole(folder / "evaluation.json", json.dumps(found, indent=1).encode())
     return found
 
 
@@ -467,7 +584,7 @@ def _judged(
     found |= dictionary_structure(sae).as_dict()
     width = max(map(len, found))
     for name, value in found.items():
-        print(f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+        _say(f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
     return found
 
 

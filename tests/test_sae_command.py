@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,38 @@ def test_a_command_that_is_killed_goes_on(run, text, tmp_path):
     assert (out / "training" / "metrics.jsonl").read_text() == (run / "training" / "metrics.jsonl").read_text()
 
 
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "training" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_mesh_train_as_one_does(run, text, tmp_path):
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        port = one.getsockname()[1]
+    out = tmp_path / "together"
+    command = [sys.executable, "-m", "interp_jax.cli", "sae", "train", *SMALL, "--k", "5", "--text", text, "--out",
+               str(out), "--mesh", "data=2,latent=2", "--log-to", "tensorboard", "--distributed", "--coordinator",
+               f"localhost:{port}", "--n-processes", "2", "--process-id"]  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    running = [
+        subprocess.Popen(
+            [*command, process], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for process in "01"
+    ]
+    found = [one.communicate(timeout=400) for one in running]
+    assert [one.returncode for one in running] == [0, 0], found
+    printed, silent = ([line for line in told[0].splitlines() if "Gloo" not in line] for told in found)
+    assert printed[-1] == f"The autoencoder is in {out / 'sae'}."
+    assert silent == []
+    for ours, theirs in zip(metrics_of(out), metrics_of(run), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    np.testing.assert_allclose(load_sae(out / "sae").W_dec[...], load_sae(run / "sae").W_dec[...], atol=1e-4)
+    assert json.loads((out / "run.json").read_text())["mesh"] == "data=2,latent=2"
+    assert len(list((out / "tensorboard").glob("events.out.tfevents.*"))) == 1
+
+
 @pytest.mark.slow
 def test_a_sweep_trains_every_combination_on_one_store(run, text, tmp_path):
     config = tmp_path / "options.yaml"
@@ -125,8 +158,11 @@ def test_options_come_from_yaml_and_toml_alike(tmp_path):
     (tmp_path / "a.toml").write_text('d_sae = 128\narchitecture = "matryoshka"\nwidths = [32, 128]\nout = "there"\n')
     options = from_file(tmp_path / "a.yaml")
     assert options == from_file(tmp_path / "a.toml")
-    (tmp_path / "b.yaml").write_text("learning_rate: 1e-4\nnorm_cap: .inf\nl1_coefficient: 3\nlayer: null\n")
+    (tmp_path / "b.yaml").write_text(
+        "learning_rate: 1e-4\nnorm_cap: .inf\nl1_coefficient: 3\nlayer: null\nlog_to: [tensorboard]\n"
+    )
     numbers = from_file(tmp_path / "b.yaml")
+    assert numbers.log_to == ("tensorboard",)
     assert (numbers.learning_rate, numbers.norm_cap, numbers.layer) == (1e-4, float("inf"), None)
     assert type(numbers.l1_coefficient) is float
     assert options == TrainOptions(d_sae=128, architecture="matryoshka", widths=(32, 128), out=pathlib.Path("there"))
@@ -176,6 +212,20 @@ def test_mistakes_are_told_before_the_model_is_loaded(tmp_path, monkeypatch):
         main(["train", *SMALL, "--k", "65"])
     with pytest.raises(ValueError, match=r"learning_rate is -1\.0"):
         main(["sweep", *SMALL, "--vary", "learning_rate=1e-3,-1"])
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"empty\.txt holds no text"):
+        main(["train", *SMALL, "--text", str(tmp_path / "empty.txt")])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for more, message in (
+        (["--mesh", "data=2,model=4"], "mesh is 'data=2,model=4'; expected `data=2,latent=4`"),
+        (["--mesh", "latent=1024"], "data=1, latent=1024 needs 1024 devices; there are"),
+        (["--distributed"], "needs --mesh"),
+        (["--process-id", "1"], "of use with --distributed alone"),
+        (["--mesh", "data=2", "--distributed", "--process-id", "1"], "go together: give all three, or none"),
+        (["--log-to", "wandb"], r"wandb is not installed .*interp-jax\[wandb\]"),
+    ):
+        with pytest.raises((ValueError, ModuleNotFoundError), match=message):
+            main(["train", *SMALL, *more])
 
 
 def test_a_site_that_is_not_there_and_a_store_of_another_text_are_told(run, text, tmp_path):

@@ -16,10 +16,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from interp_jax.sae.autoencoder import SparseAutoencoder
 from interp_jax.sae.batch_stream import Batches
+from interp_jax.sae.mesh import training_mesh
+from interp_jax.sae.metrics_log import Logger
 from interp_jax.sae.step import Knobs, TrainState, finished, initial_state, knobs_of, step
 from interp_jax.sae.train_config import TrainConfig
 from interp_jax.sae.training_loop import run_loop
@@ -47,9 +50,11 @@ def sweep(
     batches: Batches,
     *,
     how: Literal["map", "vmap"] = "map",
+    mesh: Mesh | None = None,
     on_step: Callable[[int, list[dict[str, float]]], None] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    loggers: Sequence[Logger] = (),
 ) -> list[SweepRun]:
     """Trains several autoencoders at once.
 
@@ -57,9 +62,11 @@ def sweep(
         configs: one a run. They differ in `learning_rate`, `l1_coefficient`, `l0_coefficient` and `seed` alone.
         batches: as `train` takes them; every run is given the same.
         how: one after another within a step, or side by side.
+        mesh: devices that each run is trained on, as `train` takes them; the runs themselves are not spread over them.
         on_step: called after each step with the steps done so far and each run's metrics.
         checkpoint_dir: where checkpoints and `metrics.jsonl` are written; None writes nothing.
         resume: go on from the newest whole checkpoint in `checkpoint_dir`, if there is one.
+        loggers: as `train` takes them; `run` is in each line.
 
     Returns:
         The runs, in the order of the configurations. One whose loss became NaN or infinite is among them; its history
@@ -71,7 +78,9 @@ def sweep(
     """
     config = _shared(configs)
     knobs: Knobs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(knobs_of, configs))
-    run_step = functools.partial(step, config)
+    if mesh is not None:
+        mesh = training_mesh(mesh, config.d_sae)
+    run_step = functools.partial(step, config, mesh=mesh)
 
     def initial(batch: Any) -> TrainState:
         return jax.lax.map(lambda one: initial_state(config, batch, one), knobs)
@@ -81,7 +90,7 @@ def sweep(
             return jax.vmap(run_step, in_axes=(0, None, None))(states, batch, number)
         return jax.lax.map(lambda state: run_step(state, batch, number), states)
 
-    states, history = run_loop(configs, initial, step_all, batches, on_step, checkpoint_dir, resume)
+    states, history = run_loop(configs, initial, step_all, batches, on_step, checkpoint_dir, resume, mesh, loggers)
     runs = []
     for number, one in enumerate(configs):
         sae = finished(jax.tree.map(lambda leaf, number=number: leaf[number], states))

@@ -14,7 +14,7 @@ Hazards:
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from interp_jax.sae.autoencoder import SparseAutoencoder
 from interp_jax.sae.batch_stream import Batches
 from interp_jax.sae.mesh import training_mesh
+from interp_jax.sae.metrics_log import Logger
 from interp_jax.sae.step import finished, initial_state, step
 from interp_jax.sae.train_config import TrainConfig
 from interp_jax.sae.training_loop import NonFiniteLossError, run_loop
@@ -37,6 +38,7 @@ def train(
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    loggers: Sequence[Logger] = (),
 ) -> tuple[SparseAutoencoder, list[dict[str, int | float]]]:
     """Trains an SAE or a transcoder.
 
@@ -49,12 +51,16 @@ def train(
             (`interp_jax.sae.batch_stream.Restorable`).
         mesh: devices to train on: a mesh of axes `data`, over which a batch's rows are split, and `latent`, over which
             the dictionary is (`interp_jax.sae.mesh`). The losses are those of one device but for rounding. None is one
-            device. A run may go on from its checkpoint on another mesh, or on none.
+            device. A run may go on from its checkpoint on another mesh, or on none. Its devices may be those of several
+            processes (`jax.distributed`): all call this alike, each with its own rows of every batch
+            (`interp_jax.sae.mesh.own_rows`) and the same `checkpoint_dir`, which all see. The first writes the metrics.
         on_step: called after each step with the steps done so far and that step's metrics.
         checkpoint_dir: where checkpoints and `metrics.jsonl` are written; None writes nothing. A checkpoint is written
             while training goes on.
         resume: go on from the newest whole checkpoint in `checkpoint_dir`, if there is one. Else checkpoints that are
             there are removed, once the first batch has come.
+        loggers: called with each line of metrics as it is logged, `step` in it: for instance
+            `interp_jax.sae.loggers.TensorBoardLogger`. Those of the first process, where there are several.
 
     Returns:
         (the SAE, for activations as they come, its arrays on the mesh if there is one; the metrics, one dictionary
@@ -74,7 +80,7 @@ def train(
         mesh = training_mesh(mesh, config.d_sae)
     initial, run_step = _functions(config, mesh)
     tell = None if on_step is None else lambda number, metrics: on_step(number, metrics[0])
-    state, history = run_loop([config], initial, run_step, batches, tell, checkpoint_dir, resume, mesh)
+    state, history = run_loop([config], initial, run_step, batches, tell, checkpoint_dir, resume, mesh, loggers)
     return finished(state), history
 
 

@@ -31,7 +31,7 @@ from interp_jax.sae.checkpoint import (
     restore_latest,
 )
 from interp_jax.sae.mesh import place_batch, shardings
-from interp_jax.sae.metrics_log import MetricsLog
+from interp_jax.sae.metrics_log import Logger, MetricsLog
 from interp_jax.sae.run_lock import only_one_training
 from interp_jax.sae.step import METRICS, TrainState
 from interp_jax.sae.train_config import TrainConfig
@@ -55,6 +55,7 @@ def run_loop(
     checkpoint_dir: str | os.PathLike[str] | None,
     resume: bool,
     mesh: Mesh | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> tuple[TrainState, list[dict[str, int | float]]]:
     """Trains from the first step, or from a checkpoint, to the last.
 
@@ -67,6 +68,7 @@ def run_loop(
         checkpoint_dir: where checkpoints and `metrics.jsonl` are written; None writes nothing.
         resume: go on from the newest whole checkpoint, if there is one.
         mesh: what the state and the batches lie on; None where that is one device.
+        loggers: told each line of metrics as it is logged.
 
     Returns:
         The last state, and the history: one dictionary every `log_every` steps, with the run's number if there are
@@ -74,7 +76,12 @@ def run_loop(
     """
     if resume and checkpoint_dir is None:
         raise ValueError("resume needs the checkpoint_dir of the run that is to go on.")
+    if jax.process_count() > 1 and mesh is None and checkpoint_dir is not None:
+        raise ValueError(
+            f"{jax.process_count()} processes would each write the same checkpoints: give a mesh over jax.devices()."
+        )
     config = configs[0]
+    is_first = jax.process_index() == 0
     directory = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
     first_step, state, history, position = 0, None, [], None
     with contextlib.ExitStack() as stack:
@@ -82,7 +89,9 @@ def run_loop(
         # Where a state lies before a step it lies after it, which is also what lets the step take over its memory.
         where = None if mesh is None else shardings(mesh, example)
         if directory is not None:
-            stack.enter_context(only_one_training(directory))
+            directory.mkdir(parents=True, exist_ok=True)
+            if is_first:
+                stack.enter_context(only_one_training(directory))
             check_room(directory, bytes_of(example), "a checkpoint of this run")
         if directory is not None and resume:
             restored = restore_latest(directory, example if where is None else _lying(example, where))
@@ -97,7 +106,7 @@ def run_loop(
             state = jax.jit(initial, out_shardings=where)(stream.peek())
             if directory is not None:
                 remove_checkpoints(directory)
-        log = MetricsLog(directory, history)
+        log = MetricsLog(directory if is_first else None, history, loggers if is_first else ())
         writer = None if directory is None else stack.enter_context(CheckpointWriter(directory, keep=config.keep))
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         step_fn, steps_fn = (

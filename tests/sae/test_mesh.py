@@ -16,6 +16,7 @@ import dataclasses, functools, json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from interp_jax.sae import *
+from interp_jax.sae.mesh import mesh_over_devices
 from interp_jax.sae.superposition import random_directions, superposed
 
 DIRECTIONS = np.asarray(random_directions(jax.random.key(1), 40, 16))
@@ -244,6 +245,23 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_mesh(tmp_path):
     run(RESUMED, tmp_path)
 
 
+SWEPT = """
+configs = [config_of("topk"), config_of("topk", seed=1, learning_rate=3e-3)]
+on_one = sweep(configs, batches, how=sys.argv[1])
+together = [dataclasses.replace(config, steps_per_dispatch=4) for config in configs]
+on_mesh = sweep(together, batches, how=sys.argv[1], mesh=mesh_of(2, 4))
+for ours, theirs in zip(on_mesh, on_one):
+    assert_alike((ours.history, theirs.history))
+    assert {shard.data.shape for shard in ours.sae.W_dec[...].addressable_shards} == {(16, 16)}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["map", "vmap"])
+def test_a_sweep_on_a_mesh(how):
+    run(SWEPT, how)
+
+
 REFUSED = """
 def refused(config, mesh, rows=64):
     try:
@@ -255,12 +273,20 @@ refused(config_of("relu"), jax.make_mesh((2, 4), ("data", "model")))
 refused(config_of("relu"), jax.make_mesh((8,), ("data",)))
 refused(config_of("relu", d_sae=60), mesh_of(1, 8))
 refused(config_of("relu"), mesh_of(8, 1), 60)
+for sizes in ((2, 8), (0, 4)):
+    try:
+        mesh_over_devices(*sizes)
+    except ValueError as error:
+        print(error)
+assert mesh_over_devices(1, 2).shape == {"data": 1, "latent": 2}
 """
 
 
 def test_a_mesh_that_does_not_fit_is_an_error():
-    other, alone, latents, rows = run(REFUSED).splitlines()
+    other, alone, latents, rows, many, none = run(REFUSED).splitlines()
     assert "axes ('data', 'model'); expected ('data', 'latent')" in other
     assert "axes ('data',); expected ('data', 'latent')" in alone
     assert "'latent' has 8 devices, which must divide d_sae = 60" in latents
     assert "'data' has 8 devices, which must divide the batch of 60 rows" in rows
+    assert "needs 16 devices; there are 8 cpu devices. Choose sizes whose product is 8" in many
+    assert "data=0, latent=4: expected at least 1" in none
