@@ -5,9 +5,13 @@
 A step is whole: forward, backward, Adam, and the constraint on the dictionary. SAELens and sparsify run in processes
 and environments of their own (`make bench-sae` makes them), on the same batch, in turn with ours. The matmul peak is
 that of a 4096-cubed product in JAX, and a dense step counts as 10 * batch * d_in * d_sae operations.
+
+The kinds with a penalty are timed twice: as a run starts, half of all codes active, and as it goes on once the penalty
+has made them sparse, k codes a row. The peers' steps are dense, and take the same time for both.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import pathlib
@@ -31,15 +35,23 @@ NEVER = 2**29
 AT_MOST = {"relu": 1 / 2.2, "topk": 1 / 4, "gated": 1 / 3, "batch_topk": 1 / 2, "jumprelu": 1 / 2, "matryoshka": None}
 
 
-def stepper(config: TrainConfig, batch: jax.Array, dead: float = 0.0) -> Callable[[], Any]:
+def stepper(
+    config: TrainConfig, batch: jax.Array, dead: float = 0.0, codes_a_row: int | None = None
+) -> Callable[[], Any]:
     """A step to be timed, again and again.
 
     Args:
-        config: the configuration.
+        config: the configuration; a learning rate of next to nothing leaves the codes as sparse as they are.
         batch: the batch of every step.
         dead: share of the latents that are dead, and stay so.
+        codes_a_row: how many latents a row has active, by a bias that is the same for all; None leaves it at zero.
     """
     state = jax.jit(functools.partial(initial_state, config))(batch)
+    if codes_a_row is not None:
+        above = np.asarray(state.sae.pre_activations(batch * state.scales[0]) - state.sae.floor()).ravel()
+        kth = np.partition(above, -codes_a_row * len(batch))[-codes_a_row * len(batch)]
+        bias = state.sae.encoder_bias
+        state.sae = state.sae.replace(**{bias: state.sae.parameter(bias) - kth})
     n_dead = int(dead * config.d_sae)
     if n_dead:
         bias = state.sae.encoder_bias
@@ -90,22 +102,30 @@ def architecture_rows(
     """A kind of autoencoder beside its peers, and beside the matmul peak."""
     sparse = {"k": sizes.k} if "topk" in architecture or architecture == "matryoshka" else {}
     config = TrainConfig(sizes.d_in, sizes.d_sae, architecture, dead_after=NEVER, **sparse)
+    still = dataclasses.replace(config, learning_rate=1e-12)
     names = ["saelens", "sparsify"] if architecture == "topk" else ["saelens"]
     for name in names:
         peers[name].ask("prepare", architecture, sizes.d_sae, sizes.k)
     square = jax.random.normal(jax.random.key(2), (PEAK, PEAK))
     product = jax.jit(jnp.matmul)
-    runs = [stepper(config, batch), lambda: product(square, square)]
+    steps = {f"{architecture} step": stepper(config, batch)}
+    if not sparse:
+        steps = {
+            f"{architecture} step, {sizes.k} codes a row": stepper(still, batch, codes_a_row=sizes.k),
+            f"{architecture} step, as it starts": stepper(still, batch),
+        }
+    runs = [*steps.values(), lambda: product(square, square)]
     runs += [functools.partial(peers[name].ask, "step", architecture) for name in names]
-    ours, matmul, *others = seconds(runs, sizes.rounds)
-    dense = 10 * sizes.batch * sizes.d_in * sizes.d_sae * matmul / (2 * PEAK**3)
-    what = f"{architecture} step"
+    times = seconds(runs, sizes.rounds)
+    ours, (matmul, *others) = times[: len(steps)], times[len(steps) :]
     rows = [
-        Row(f"{what} / {'SAELens' if name == 'saelens' else name}", "s", ours, other, goal)
+        Row(f"{what} / {'SAELens' if name == 'saelens' else name}", "s", time, other, goal)
+        for what, time in zip(steps, ours, strict=True)
         for name, other, goal in zip(names, others, (AT_MOST[architecture], 1 / 1.3), strict=False)
     ]
+    dense = 10 * sizes.batch * sizes.d_in * sizes.d_sae * matmul / (2 * PEAK**3)
     goal = 1 / 0.78 if architecture == "relu" else None
-    return [*rows, Row(f"{what} / 10 B d n at matmul peak", "s", ours, dense, goal)]
+    return [*rows, Row(f"{[*steps][-1]} / 10 B d n at matmul peak", "s", ours[-1], dense, goal)]
 
 
 def ghost_rows(sizes: argparse.Namespace, batch: jax.Array) -> list[Row]:

@@ -104,11 +104,11 @@ class PenalisedSAE(SparseAutoencoder):
     ) -> tuple[Outcome, P]:
         """See `SparseAutoencoder.objective_and_gradient`."""
         if mesh is not None or len(x) * self.d_sae < _LARGE:
-            return SparseAutoencoder.objective_and_gradient(self, x, target, row_weights, sparsity, mesh)
+            return with_gradient(lambda sae: sae.objective(x, target, row_weights, sparsity, mesh), self)
 
         def densely(sae: P, coefficient: Array, x: Array, target: Array, row_weights: Array) -> tuple[Outcome, P]:
             now = sparsity._replace(coefficient=coefficient)
-            return SparseAutoencoder.objective_and_gradient(sae, x, target, row_weights, now)
+            return with_gradient(lambda sae: sae.objective(x, target, row_weights, now), sae)
 
         def by_count(sae: P, coefficient: Array, x: Array, target: Array, row_weights: Array) -> tuple[Outcome, P]:
             return _by_count(sae, x, target, row_weights, sparsity._replace(coefficient=coefficient))
