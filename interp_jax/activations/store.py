@@ -1,102 +1,194 @@
-"""Activations on local disk: safetensors shards and a manifest.
+"""Activations on disk or in a bucket: zarr shards, written and read by TensorStore, and manifests.
 
-    store/manifest.json            what it holds: width, dtype, provenance, and each shard's rows and SHA-256
-    store/shard_00000.safetensors  one tensor, `activations[rows, d_in]`
+    store/manifest.json              what it holds: width, dtype, provenance, how many parts
+    store/part_00000/manifest.json   the shards that one process has written, with their checksums
+    store/part_00000/shard_00000/    a shard (`interp_jax.activations.shard`)
 
-A shard is written to a temporary file, synced, renamed, and only then entered in the manifest, which is replaced
-atomically. So whatever the manifest names was whole when it was written, and a killed writer loses at most the shard
-that it was at. Checksums are verified on opening; a shard that was cut short or altered since is named in a warning,
-and it and those after it are dropped, so that writing goes on from there.
+**Written by several processes.** Each process has a part of its own, in which nobody else writes, so that they need not
+talk to each other. `ActivationStore.open` reads all parts as one.
 
-`shuffled` maps a step to a batch through a permutation for each epoch: every row once an epoch, in an order that a
-resumed run finds again from the step alone. Rows are read through a memory map, so the store may be larger than memory.
+**Whole or not there.** A shard enters its part's manifest when it is on the disk, and a manifest is replaced in one
+go. So whatever a manifest names was whole when it was written, and a killed writer loses at most two shards: the one
+that is being computed, and the one before it, which is written meanwhile. On opening a store is read through; a shard
+that was cut short or altered since is named in a warning, and it and those after it in its part are left out, so that
+writing goes on from there. Whatever is read later is checked again, chunk by chunk.
+
+**Read shuffled.** `shuffled` maps a step to a batch: every row once an epoch, in an order that a resumed run finds
+again from the step alone. Chunks are taken in random order, some hundred at a time are held in memory, and batches are
+drawn from among them. Rows lie mixed within a shard, so a batch holds about as many pairs of tokens of one prompt as
+one drawn from all rows would. The store may be larger than memory.
+
+Hazard: two processes must not write the same part at once.
 """
 
+import contextlib
+import dataclasses
 import functools
-import hashlib
 import json
 import os
-import pathlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import safetensors.numpy
-from jaxtyping import Float, Int
+import tensorstore as ts
+from jaxtyping import Bool, Float, Int
 
-from interp_jax.whole_file import write_whole
+from interp_jax.activations.shard import PendingShard, Shard, ShardArrays, start_writing
+from interp_jax.activations.storage import Storage
 
-__all__ = ["ActivationStore"]
+__all__ = ["ActivationStore", "Statistics"]
 
 _MANIFEST = "manifest.json"
-_FORMAT = 1
-_DTYPES = ("float32", "float16", "bfloat16")
+_FORMAT = 2
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_CHUNK_BYTES = 1 << 19
+"""What is read at a time: a request to a bucket is worth its while, and the rows are from many prompts all the same."""
+_SHARD_BYTES = 1 << 26
+_HELD_BYTES = 1 << 27
+"""Chunks held in memory at a time while reading shuffled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What is known of all activations of a store without reading them."""
+
+    n_rows: int
+    """How many they are."""
+    mean: Float[np.ndarray, "d_in"]
+    """Their mean."""
+    mean_square: float
+    """The mean of the squares of all their numbers."""
 
 
 class ActivationStore:
-    """Activations of one site in a folder; appended to by one process at a time, read by any number."""
+    """Activations of one site; appended to by one process, or by several in a part each, and read by any number."""
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | dict[str, Any],
         *,
         d_in: int,
         dtype: str = "float32",
         provenance: dict[str, Any] | None = None,
+        part: tuple[int, int] = (0, 1),
+        verify: bool = True,
     ):
-        """Opens a store, or makes one.
+        """Opens a store to write to, or makes one. Its own part is all that a writer of several sees.
 
         Args:
-            directory: the folder.
+            directory: a folder, or a URL of a bucket (`gs://bucket/path`, `s3://bucket/path`; see `Storage`).
             d_in: width of the activations.
             dtype: what they are stored as: float32, float16 or bfloat16.
             provenance: where they are from (model, site, layer, text); JSON. A store made with another is refused.
+            part: the number of this process's part, from 0, and how many parts there are.
+            verify: read everything through on opening. False for a store too large for that: a damaged shard is then an
+                error when it is read.
 
         Raises:
-            ValueError: for another dtype than these, or a store of another width, dtype or provenance, or whose
-                manifest does not parse.
+            ValueError: for another dtype than these, or a store of another width, dtype, provenance or number of parts,
+                or whose manifest does not parse.
+            OSError: if it cannot be written to.
         """
         if dtype not in _DTYPES or d_in < 1:
             raise ValueError(
                 f"dtype is {dtype!r} and d_in {d_in}; expected one of {', '.join(_DTYPES)}, and at least 1."
             )
-        self.directory = pathlib.Path(directory)
-        self.d_in = d_in
-        self.dtype = dtype
-        self._facts = {"format": _FORMAT, "d_in": d_in, "dtype": dtype, "provenance": provenance or {}}
-        self._shards: list[dict[str, Any]] = []
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / _MANIFEST
-        if path.exists():
-            self._read_manifest(path)
-        else:
-            self._write_manifest()
-        self._open_maps()
+        number, n_parts = part
+        if not 0 <= number < n_parts:
+            raise ValueError(f"part is {part}; expected the part's number, from 0, and how many there are.")
+        storage = Storage(directory)
+        facts = {
+            "format": _FORMAT,
+            "d_in": d_in,
+            "dtype": dtype,
+            "n_parts": n_parts,
+            "provenance": provenance or {},
+        }
+        facts = json.loads(json.dumps(facts))
+        found = _parsed(storage, _MANIFEST, storage.write_new(_MANIFEST, json.dumps(facts, indent=1).encode()), facts)
+        differing = [f"{name} {found[name]!r}, not {facts[name]!r}" for name in facts if found[name] != facts[name]]
+        if differing:
+            raise ValueError(
+                f"{storage.path(_MANIFEST)} is of other activations: {'; '.join(differing)}. Use another folder."
+            )
+        self._open(storage, found, [number], verify)
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str] | dict[str, Any], *, verify: bool = True) -> "ActivationStore":
+        """Opens a store that is there, all its parts as one.
+
+        Args:
+            directory: the folder, or the URL of the bucket.
+            verify: read everything through first.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if its manifest does not parse.
+        """
+        storage = Storage(directory)
+        content = storage.read(_MANIFEST)
+        if content is None:
+            raise FileNotFoundError(f"{storage.path(_MANIFEST)} is not there: {storage} holds no activation store.")
+        names = ("format", "d_in", "dtype", "n_parts", "provenance")
+        facts = _parsed(storage, _MANIFEST, content, names)
+        if facts["format"] != _FORMAT:
+            raise ValueError(
+                f"{storage.path(_MANIFEST)} has format {facts['format']}; this version reads {_FORMAT}. Make it anew."
+            )
+        store = cls.__new__(cls)
+        store._open(storage, facts, list(range(facts["n_parts"])), verify)
+        unfinished = [part for part in store._parts if not store._finished[part]]
+        if unfinished and facts["n_parts"] > 1:
+            warnings.warn(
+                f"{storage}: {len(unfinished)} of {facts['n_parts']} parts are not finished, part {unfinished[0]} "
+                "among them. What they hold so far is read.",
+                stacklevel=2,
+            )
+        return store
+
+    def _open(self, storage: Storage, facts: dict[str, Any], parts: list[int], verify: bool) -> None:
+        self.storage = storage
+        self.d_in: int = facts["d_in"]
+        self.dtype: str = facts["dtype"]
+        self._numpy_dtype = np.dtype(_DTYPES[self.dtype])
+        self.provenance: dict[str, Any] = facts["provenance"]
+        self._row_bytes = self.d_in * self._numpy_dtype.itemsize
+        self._parts = parts
+        self._finished: dict[int, bool] = {}
+        self._shards: list[ShardArrays] = []
+        for part in parts:
+            self._shards += self._part(part, verify)
+        self._count()
 
     @property
     def n_rows(self) -> int:
         """Activations that are stored."""
-        return sum(shard["rows"] for shard in self._shards)
+        return int(self._starts[-1])
 
     @property
     def n_batches(self) -> int:
         """Batches that they came in: where the source must start for writing to go on."""
-        return sum(shard["batches"] for shard in self._shards)
+        return sum(one.shard.batches for one in self._shards)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every part was said to be finished."""
+        return all(self._finished.values())
 
     def extend(
         self,
         batches: Iterable[Any],
         *,
-        shard_rows: int = 65_536,
+        shard_rows: int | None = None,
         advance: Callable[[int], None] = lambda rows: None,
     ) -> None:
         """Appends activations. To go on after an interruption, pass the batches from number `n_batches` on.
 
         Args:
             batches: `[n, d_in]` arrays.
-            shard_rows: rows after which a shard is closed, at the end of a batch.
+            shard_rows: rows after which a shard is closed, at the end of a batch; None is some 64 MB of them.
             advance: told how many rows each batch had, once it is taken in.
 
         Raises:
@@ -104,57 +196,120 @@ class ActivationStore:
                 numbers); the shards before it stay.
             OSError: if it cannot be written, for instance since the disk is full; the shards before it stay.
         """
-        waiting: list[np.ndarray] = []
-        for batch in batches:
-            rows = np.asarray(batch)
-            if rows.ndim != 2 or rows.shape[1] != self.d_in:
-                number = self.n_batches + len(waiting)
-                raise ValueError(f"batch {number} has shape {rows.shape}; expected [n, {self.d_in}].")
-            with np.errstate(over="ignore"):
-                rows = rows.astype(jnp.dtype(self.dtype))
-            if not np.isfinite(rows.astype(np.float32)).all():
-                number = self.n_batches + len(waiting)
-                raise ValueError(
-                    f"batch {number} holds NaN, infinity, or numbers too large for {self.dtype}. If the "
-                    "model's output is in order, use bfloat16 or float32."
-                )
-            waiting.append(rows)
-            if sum(map(len, waiting)) >= shard_rows:
-                self._write_shard(waiting)
-                waiting = []
-            advance(len(rows))
-        if waiting:
-            self._write_shard(waiting)
+        with self.appending(shard_rows=shard_rows) as append:
+            for batch in batches:
+                append(batch)
+                advance(len(batch))
+
+    @contextlib.contextmanager
+    def appending(self, *, shard_rows: int | None = None) -> Iterator[Callable[[Any], None]]:
+        """Appends activations batch by batch, where `extend` cannot ask for them.
+
+        Args:
+            shard_rows: as `extend` takes it.
+
+        Yields:
+            A function that takes a `[n, d_in]` array; it raises what `extend` does.
+        """
+        if len(self._parts) > 1:
+            raise ValueError(
+                f"{self.storage} has {len(self._parts)} parts: open the one that is to be written, by "
+                "ActivationStore(..., part=(number, count))."
+            )
+        if shard_rows is None:
+            shard_rows = max(1, _SHARD_BYTES // self._row_bytes)
+        chunk_rows = max(1, _CHUNK_BYTES // self._row_bytes)
+        self._write_manifest(finished=False)  # which also forgets what is damaged
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        pending: PendingShard | None = None
+
+        def write() -> None:
+            nonlocal pending
+            enter()
+            part, number = self._parts[0], len(self._shards)
+            rows, norms = ([one[which] for one in waiting] for which in (0, 1))
+            name = f"part_{part:05d}/shard_{number:05d}"
+            pending = start_writing(self.storage, name, rows, np.concatenate(norms), chunk_rows, seed=(part, number))
+            waiting.clear()
+
+        def enter() -> None:
+            nonlocal pending
+            if pending is not None:
+                before, pending = pending, None
+                self._enter(before.result())
+
+        def append(batch: Any) -> None:
+            number = self.n_batches + len(waiting) + (pending.batches if pending is not None else 0)
+            waiting.append(self._checked(batch, number))
+            if sum(len(rows) for rows, _ in waiting) >= shard_rows:
+                write()
+
+        try:
+            yield append
+            if waiting:
+                write()
+        finally:
+            enter()
+
+    def finish(self) -> None:
+        """Says that the part is finished, for those who open a store of several parts.
+
+        Raises:
+            OSError: if that cannot be written.
+        """
+        self._write_manifest(finished=True)
 
     def rows(self, indices: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n d_in"]:
-        """Rows by number.
+        """Rows by number, in the order of the text. Neighbours are read at the cost of a shard, then from memory.
 
         Args:
             indices: row numbers, in any order.
 
         Raises:
             IndexError: if one is out of range.
+            OSError: if a shard is damaged.
         """
         indices = np.asarray(indices)
         if indices.size and not (indices.min() >= 0 and indices.max() < self.n_rows):
             raise IndexError(f"rows {indices.min()} to {indices.max()} were asked for; the store holds {self.n_rows}.")
-        found = np.empty((len(indices), self.d_in), jnp.dtype(self.dtype))
+        found = np.empty((len(indices), self.d_in), self._numpy_dtype)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            # In the order of the file: neighbours share pages.
-            here = here[np.argsort(indices[here])]
-            found[here] = self._maps[shard][indices[here] - self._starts[shard]]
+        for number in np.unique(shards):
+            here = np.flatnonzero(shards == number)
+            one = self._shards[number]
+            positions = one.summary.positions[indices[here] - self._starts[number]]
+            if len(here) * one.shard.chunk_rows < one.shard.rows:
+                try:
+                    found[here] = one.array[positions].read().result()
+                except ValueError as error:
+                    raise one.damaged(str(error)) from None
+            else:  # rows lie mixed: so many are in about all chunks
+                found[here] = np.take(self._whole(number), positions, axis=0)
         return found
 
-    def norms(self, chunk: int = 16_384) -> Float[np.ndarray, "rows"]:
-        """The Euclidean norm of every row.
+    def norms(self) -> Float[np.ndarray, "rows"]:
+        """The Euclidean norm of every row, in the order of the text; they were stored beside the rows.
 
-        Args:
-            chunk: rows read at a time.
+        Raises:
+            OSError: if a shard is damaged.
         """
-        parts = np.split(np.arange(self.n_rows), range(chunk, self.n_rows, chunk))
-        return np.concatenate([np.linalg.norm(self.rows(part).astype(np.float32), axis=1) for part in parts])
+        return np.concatenate([np.zeros(0, np.float32), *(one.summary.norms for one in self._shards)])
+
+    def statistics(self) -> Statistics:
+        """What is known of all rows without reading them.
+
+        Raises:
+            ValueError: if there are none.
+            OSError: if a shard is damaged.
+        """
+        if self.n_rows == 0:
+            raise ValueError(f"{self.storage} holds no activations yet.")
+        total = sum(
+            (one.shard.rows * one.summary.mean.astype(np.float64) for one in self._shards), start=np.zeros(self.d_in)
+        )
+        square_sum = sum(one.shard.square_sum for one in self._shards)
+        mean = (total / self.n_rows).astype(np.float32)
+        return Statistics(self.n_rows, mean, square_sum / (self.n_rows * self.d_in))
 
     def shuffled(
         self, batch_size: int, *, seed: int = 0, among: Int[np.ndarray, "n"] | None = None
@@ -166,95 +321,183 @@ class ActivationStore:
         Args:
             batch_size: rows a batch.
             seed: seed of the order.
-            among: the numbers of the rows to take; all when None.
+            among: the numbers of the rows to take, each once; all when None.
 
         Raises:
-            ValueError: if there are fewer rows than a batch.
+            ValueError: if there are fewer rows than a batch, or a number occurs twice.
+            IndexError: if a number is out of range.
         """
-        chosen = np.arange(self.n_rows) if among is None else np.asarray(among)
-        n_rows = len(chosen)
+        kept = None if among is None else self._where_they_lie(np.asarray(among))
+        starts, sizes = self._chunks()
+        counts = sizes if kept is None else np.add.reduceat(kept, starts, dtype=np.int64) if len(starts) else sizes
+        n_rows = int(counts.sum())
         if not 1 <= batch_size <= n_rows:
-            raise ValueError(f"batch_size is {batch_size}; expected 1 to {n_rows}, the rows in {self.directory}.")
+            raise ValueError(f"batch_size is {batch_size}; expected 1 to {n_rows}, the rows in {self.storage}.")
         per_epoch = n_rows // batch_size
+        # A batch shall be a small share of what is held.
+        held = max(1, max(_HELD_BYTES // self._row_bytes, 8 * batch_size) // int(sizes.max()))
 
         @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((seed, epoch)).permutation(chosen)
+        def order(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+            """The epoch's chunks, and how many rows have come when those that are held together are used up."""
+            chunks = np.random.default_rng((seed, epoch)).permutation(len(counts))
+            ends = np.cumsum(counts[chunks])
+            return chunks, np.append(ends[held - 1 : -1 : held], ends[-1])
+
+        @functools.lru_cache(maxsize=2)
+        def mixed(epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+            """The rows of the chunks that are held together, and their order."""
+            chunks = order(epoch)[0][number * held : (number + 1) * held]
+            rows = self._read_chunks(chunks, starts, sizes)
+            which = np.arange(len(rows))
+            if kept is not None:
+                which = which[np.concatenate([kept[starts[c] : starts[c] + sizes[c]] for c in chunks])]
+            return rows, np.random.default_rng((seed, epoch, number + 1)).permutation(which)
 
         def batch(step: int) -> Float[np.ndarray, "batch d_in"]:
             epoch, number = divmod(step, per_epoch)
-            return self.rows(order(epoch)[number * batch_size : (number + 1) * batch_size])
+            start, stop = number * batch_size, (number + 1) * batch_size
+            ends = order(epoch)[1]
+            parts = []
+            for one in range(
+                int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop - 1, "right")) + 1
+            ):
+                before = int(ends[one - 1]) if one else 0
+                rows, which = mixed(epoch, one)
+                parts.append(np.take(rows, which[max(start - before, 0) : stop - before], axis=0))
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
         return batch
 
-    def _write_shard(self, parts: list[np.ndarray]) -> None:
-        number = len(self._shards)
-        path = self.directory / f"shard_{number:05d}.safetensors"
-        content = safetensors.numpy.save({"activations": np.concatenate(parts)})
-        write_whole(path, content)
-        shard = {
-            "file": path.name,
-            "rows": sum(map(len, parts)),
-            "batches": len(parts),
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-        self._shards.append(shard)
+    def _chunks(self) -> tuple[Int[np.ndarray, "chunks"], Int[np.ndarray, "chunks"]]:
+        """Where each chunk starts among all rows as they lie, and its rows."""
+        starts, sizes = [np.zeros(0, int)], [np.zeros(0, int)]
+        for start, one in self._placed():
+            within = np.arange(0, one.shard.rows, one.shard.chunk_rows)
+            starts.append(start + within)
+            sizes.append(np.minimum(one.shard.chunk_rows, one.shard.rows - within))
+        return np.concatenate(starts), np.concatenate(sizes)
+
+    def _placed(self) -> Iterable[tuple[int, ShardArrays]]:
+        return zip(map(int, self._starts[:-1]), self._shards, strict=True)
+
+    def _where_they_lie(self, among: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "rows"]:
+        """Which of the rows, as they lie, are among some given by number."""
+        if among.size and not (among.min() >= 0 and among.max() < self.n_rows):
+            raise IndexError(f"rows {among.min()} to {among.max()} were asked for; the store holds {self.n_rows}.")
+        wanted = np.zeros(self.n_rows, bool)
+        wanted[among] = True
+        if np.count_nonzero(wanted) != len(among):
+            raise ValueError("among names a row twice.")
+        lying = np.zeros(self.n_rows, bool)
+        for start, one in self._placed():
+            stop = start + one.shard.rows
+            lying[start:stop][one.summary.positions] = wanted[start:stop]
+        return lying
+
+    def _read_chunks(
+        self, chunks: Int[np.ndarray, "n"], starts: Int[np.ndarray, "chunks"], sizes: Int[np.ndarray, "chunks"]
+    ) -> Float[np.ndarray, "rows d_in"]:
+        """Some chunks, one after another, read side by side straight to their place."""
+        ends = np.cumsum(sizes[chunks])
+        rows = np.empty((int(ends[-1]), self.d_in), self._numpy_dtype)
+        target = ts.array(rows, copy=False, write=True)
+        reads = []
+        for chunk, stop in zip(chunks, map(int, ends), strict=True):
+            number = int(np.searchsorted(self._starts, starts[chunk], "right")) - 1
+            start, size = int(starts[chunk] - self._starts[number]), int(sizes[chunk])
+            source = self._shards[number].array[start : start + size].translate_to[stop - size, 0]
+            reads.append((number, target[stop - size : stop].write(source)))
+        for number, read in reads:
+            try:
+                read.result()
+            except ValueError as error:
+                raise self._shards[number].damaged(str(error)) from None
+        return rows
+
+    def _checked(self, batch: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A batch as it is stored, and its norms."""
+        rows = np.asarray(batch)
+        if rows.ndim != 2 or rows.shape[1] != self.d_in:
+            raise ValueError(f"batch {number} has shape {rows.shape}; expected [n, {self.d_in}].")
+        with np.errstate(over="ignore"):
+            rows = rows.astype(self._numpy_dtype, copy=True)  # the caller may use its array again
+            floats = rows.astype(np.float32, copy=False)
+            norms = np.sqrt(np.einsum("ij,ij->i", floats, floats))
+        if not np.isfinite(norms).all():
+            if not np.isfinite(floats).all():
+                raise ValueError(
+                    f"batch {number} holds NaN, infinity, or numbers too large for {self.dtype}. If the "
+                    "model's output is in order, use bfloat16 or float32."
+                )
+            norms = np.linalg.norm(floats.astype(np.float64), axis=1).astype(np.float32)
+        return rows, norms
+
+    def _enter(self, shard: Shard) -> None:
+        self._shards.append(self._arrays(shard))
         try:
-            self._write_manifest()
+            self._write_manifest(finished=False)
         except BaseException:
             self._shards.pop()
             raise
-        self._open_maps()
+        self._count()
 
-    def _write_manifest(self) -> None:
-        manifest = {**self._facts, "rows": self.n_rows, "shards": self._shards}
-        write_whole(self.directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    def _arrays(self, shard: Shard) -> ShardArrays:
+        return ShardArrays(self.storage, shard, self.d_in, self.dtype)
 
-    def _read_manifest(self, path: pathlib.Path) -> None:
+    def _count(self) -> None:
+        self._starts = np.cumsum([0, *(one.shard.rows for one in self._shards)])
+        # One shard: text is read in its order, and neighbours lie apart in one.
+        self._whole = functools.lru_cache(maxsize=1)(lambda number: self._shards[number].read())
+
+    def _write_manifest(self, *, finished: bool) -> None:
+        """Of the one part that is written."""
+        part = self._parts[0]
+        shards = [dataclasses.asdict(one.shard) for one in self._shards]
+        manifest = {"finished": finished, "rows": sum(one["rows"] for one in shards), "shards": shards}
+        self.storage.write(_part_manifest(part), json.dumps(manifest, indent=1).encode())
+        self._finished[part] = finished
+
+    def _part(self, part: int, verify: bool) -> list[ShardArrays]:
+        """The whole shards of a part."""
+        key = _part_manifest(part)
+        content = self.storage.read(key)
+        self._finished[part] = False
+        if content is None:
+            return []
+        manifest = _parsed(self.storage, key, content, ("finished", "shards"))
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            found = {name: manifest[name] for name in self._facts}
-            shards = list(manifest["shards"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not the manifest of an activation store ({error!r}). Use another folder."
-            ) from None
-        expected = json.loads(json.dumps(self._facts))
-        if found != expected:
-            differing = [
-                f"{name} {found[name]!r}, not {expected[name]!r}" for name in found if found[name] != expected[name]
-            ]
-            raise ValueError(f"{path} is of other activations: {'; '.join(differing)}. Use another folder.")
-        for number, shard in enumerate(shards):
-            problem = self._problem(shard)
+            shards = [self._arrays(Shard(**shard)) for shard in manifest["shards"]]
+        except TypeError as error:
+            raise _unparsed(self.storage, key, error) from None
+        for number, one in enumerate(shards if verify else []):
+            problem = one.problem()
             if problem:
                 left = len(shards) - number - 1
                 warnings.warn(
-                    f"{self.directory / shard['file']} {problem}: it and the {left} shards after it are left out. "
+                    f"{self.storage.path(one.shard.name)} {problem}: it and the {left} shards after it are left out. "
                     "Extend the store to write them again.",
                     stacklevel=4,
                 )
-                break
-            self._shards.append(shard)
+                return shards[:number]
+        self._finished[part] = bool(manifest["finished"])
+        return shards
 
-    def _problem(self, shard: dict[str, Any]) -> str:
-        path = self.directory / shard["file"]
-        if not path.exists():
-            return "is missing"
-        if path.stat().st_size != shard["bytes"]:
-            return f"has {path.stat().st_size} bytes, not {shard['bytes']}"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                return "was altered since it was written (its SHA-256 differs)"
-        return ""
 
-    def _open_maps(self) -> None:
-        self._starts = np.cumsum([0, *(shard["rows"] for shard in self._shards)])[:-1]
-        self._maps = [self._map(shard) for shard in self._shards]
+def _part_manifest(part: int) -> str:
+    return f"part_{part:05d}/{_MANIFEST}"
 
-    def _map(self, shard: dict[str, Any]) -> np.ndarray:
-        """The shard's one tensor, which ends the file; safetensors' own reader would copy all of it."""
-        shape = (shard["rows"], self.d_in)
-        offset = shard["bytes"] - shape[0] * shape[1] * jnp.dtype(self.dtype).itemsize
-        return np.memmap(self.directory / shard["file"], jnp.dtype(self.dtype), "r", offset, shape)
+
+def _parsed(storage: Storage, key: str, content: bytes, names: Iterable[str]) -> dict[str, Any]:
+    """What a manifest says, with all names that are looked for."""
+    try:
+        manifest = json.loads(content)
+        return {name: manifest[name] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unparsed(storage, key, error) from None
+
+
+def _unparsed(storage: Storage, key: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{storage.path(key)} is not the manifest of an activation store ({error!r}). Use another folder."
+    )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interp_jax.activations.stream import stream_activations
+from interp_jax.activations.stream import stream_activations, stream_sites
 from interp_jax.instrument import SiteError, site
 
 PARAMS = jax.random.normal(jax.random.key(0), (50, 8))
@@ -61,3 +61,43 @@ def test_bad_inputs_name_what_exists():
         next(stream_activations(looped, PARAMS, TOKENS, site="resid_post", layer=1, skip_first=-1))
     assert list(stream_activations(looped, PARAMS, [], site="resid_post", layer=1)) == []
     assert jnp.asarray(TOKENS[0]).ndim == 2
+
+
+@pytest.mark.parametrize("forward", [looped, under_checkpoint])
+def test_several_sites_come_from_one_pass(forward):
+    sites = [(1, "resid_post")] if forward is under_checkpoint else [(1, "resid_post"), (0, "resid_post")]
+    calls = []
+
+    def counted(params, tokens):
+        calls.append(1)
+        return forward(params, tokens)
+
+    for found, tokens in zip(stream_sites(counted, PARAMS, TOKENS, sites=sites, skip_first=1), TOKENS, strict=True):
+        assert list(found) == sites
+        for (layer, _), value in found.items():
+            expected = np.asarray(PARAMS)[tokens[:, 1:]].reshape(-1, 8) * 2 ** (layer + 1)
+            np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_nothing_above_the_last_wanted_site_is_traced():
+    def forward(params, tokens):
+        x = site(params[tokens], "resid_post", layer=0)
+        x = site(x, "mlp_out", layer=0)
+        x = site(x, "resid_post", layer=1)
+        raise AssertionError(f"went on to {x}")
+
+    sites = [(1, "resid_post"), (0, "mlp_out")]
+    (found,) = stream_sites(forward, PARAMS, TOKENS[:1], sites=sites)
+    assert list(found) == sites
+
+
+def test_one_of_several_sites_that_is_not_there_is_named():
+    def forward(params, tokens):
+        x = site(params[tokens], "embed")
+        return site(x, "resid_post", layer=0)
+
+    with pytest.raises(SiteError, match=r"no site \[\(0, 'embed'\)\]; of those asked for it has .*\(0, 'resid_post'\)"):
+        next(stream_sites(forward, PARAMS, TOKENS, sites=[(0, "resid_post"), (0, "embed"), (None, "embed")]))
+    for sites in ([], [(0, "embed"), (0, "embed")]):
+        with pytest.raises(ValueError, match="each once"):
+            stream_sites(forward, PARAMS, TOKENS, sites=sites)

@@ -1,0 +1,244 @@
+"""One shard of a store: a zarr array of activations, and what is worth knowing without reading them.
+
+    shard_00000/zarr.json, shard_00000/c/0/0   `[rows, d_in]`: zarr version 3, in chunks, each with its CRC-32C
+    shard_00000/summary.safetensors            `positions`, `norms` and `mean`
+
+**Rows lie mixed.** A shard's rows are shuffled before they are written, so that the rows of a chunk come from all of
+the shard's text. A reader that wants rows in no order then reads whole chunks, and still seldom finds two tokens of one
+prompt beside each other; reading single rows would cost a request each in a bucket, and a page each on a disk.
+`positions[i]` is where row i of the text lies. Norms are in the order of the text.
+
+A chunk whose checksum is wrong, or that is missing, is an error on every read. Beside those of the chunks, the manifest
+keeps a CRC-32 of all rows and the summary's SHA-256, so that a whole shard of something else is not taken for this one.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import zlib
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import tensorstore as ts
+from jaxtyping import Float, Int
+
+from interp_jax.activations.storage import Storage
+
+__all__ = ["PendingShard", "Shard", "ShardArrays", "Summary", "start_writing"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What a manifest says of a shard."""
+
+    name: str
+    """Its key, without the slash."""
+    rows: int
+    """Activations that it holds."""
+    batches: int
+    """Batches that they came in."""
+    chunk_rows: int
+    """Rows a chunk; the last has fewer."""
+    square_sum: float
+    """Sum of the squares of all its numbers."""
+    crc32: int
+    """Of its rows as they lie."""
+    summary_sha256: str
+    """Of its summary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What is worth knowing of a shard without reading it."""
+
+    positions: Int[np.ndarray, "rows"]
+    """Where each row of the text lies."""
+    norms: Float[np.ndarray, "rows"]
+    """Euclidean norms, in the order of the text."""
+    mean: Float[np.ndarray, "d_in"]
+    """The mean of the rows."""
+
+
+class PendingShard:
+    """A shard that is being written while the next one is computed."""
+
+    def __init__(self, storage: Storage, shard: Shard, n_bytes: int, commit: Any):
+        """A shard whose writing has begun.
+
+        Args:
+            storage: where.
+            shard: what the manifest is to say of it.
+            n_bytes: its size.
+            commit: TensorStore's future.
+        """
+        self.batches = shard.batches
+        self._storage = storage
+        self._shard = shard
+        self._n_bytes = n_bytes
+        self._commit = commit
+
+    def result(self) -> Shard:
+        """Waits until the shard is on the disk.
+
+        Raises:
+            OSError: if it could not be written. Nothing of it is left then.
+        """
+        try:
+            self._commit.result()
+        except ValueError as error:
+            failure = self._storage.failure(self._shard.name, self._n_bytes, error)
+            self._storage.delete(self._shard.name)
+            raise failure from None
+        return self._shard
+
+
+def start_writing(
+    storage: Storage, name: str, parts: list[np.ndarray], norms: Float[np.ndarray, "rows"], chunk_rows: int, seed: Any
+) -> PendingShard:
+    """Mixes rows and begins to write them.
+
+    Args:
+        storage: where.
+        name: of the shard; whatever is there under that name is replaced.
+        parts: `[n, d_in]` arrays, in the order of the text.
+        norms: of all rows.
+        chunk_rows: rows a chunk, at most.
+        seed: of the mixing.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+    rows = np.concatenate(parts)
+    n_rows, d_in = rows.shape
+    storage.check_room(rows.nbytes, f"the next shard, of {n_rows:,} activations,")
+    order = np.random.default_rng(seed).permutation(n_rows)
+    rows = np.take(rows, order, axis=0)
+    positions = np.empty(n_rows, np.int32)
+    positions[order] = np.arange(n_rows, dtype=np.int32)
+    # By a product: several times faster than a sum over the first axis.
+    mean = (np.ones(n_rows, np.float32) @ rows.astype(np.float32, copy=False)) / n_rows
+    summary = safetensors.numpy.save({"positions": positions, "norms": norms, "mean": mean})
+    shard = Shard(
+        name=name,
+        rows=n_rows,
+        batches=len(parts),
+        chunk_rows=min(chunk_rows, n_rows),
+        square_sum=float(np.sum(np.square(norms, dtype=np.float64))),
+        crc32=zlib.crc32(rows.view(np.uint8).data),
+        summary_sha256=hashlib.sha256(summary).hexdigest(),
+    )
+    try:
+        storage.delete(name)
+        storage.write(f"{name}/summary.safetensors", summary)
+        spec = _spec(storage, shard, d_in, rows.dtype.name)
+        array = ts.open(spec, create=True, context=storage.context).result()
+        commit = array.write(rows, can_reference_source_data_indefinitely=True).commit
+    except ValueError as error:
+        failure = storage.failure(name, rows.nbytes, error)
+        storage.delete(name)
+        raise failure from None
+    return PendingShard(storage, shard, rows.nbytes, commit)
+
+
+class ShardArrays:
+    """Reads a shard."""
+
+    def __init__(self, storage: Storage, shard: Shard, d_in: int, dtype: str):
+        """A shard that the manifest names; nothing is read yet.
+
+        Args:
+            storage: where.
+            shard: what the manifest says of it.
+            d_in: width of the activations.
+            dtype: their type.
+        """
+        self.shard = shard
+        self._storage = storage
+        self._spec = _spec(storage, shard, d_in, dtype)
+        self._array: ts.TensorStore | None = None
+        self._summary: Summary | None = None
+
+    @property
+    def array(self) -> ts.TensorStore:
+        """The rows as they lie, to be read through TensorStore."""
+        if self._array is None:
+            # The manifest knows the shape, so that opening reads nothing.
+            self._array = ts.open(self._spec, open=True, assume_metadata=True, context=self._storage.context).result()
+        return self._array
+
+    @property
+    def summary(self) -> Summary:
+        """What is known of the shard without reading it.
+
+        Raises:
+            OSError: if it is damaged.
+        """
+        if self._summary is None:
+            key = f"{self.shard.name}/summary.safetensors"
+            content = self._storage.read(key)
+            if content is None or hashlib.sha256(content).hexdigest() != self.shard.summary_sha256:
+                problem = "is missing" if content is None else "was altered since it was written"
+                raise self.damaged(f"summary.safetensors {problem}")
+            self._summary = Summary(**safetensors.numpy.load(content))
+        return self._summary
+
+    def read(self) -> Float[np.ndarray, "rows d_in"]:
+        """All rows, as they lie.
+
+        Raises:
+            OSError: if the shard is damaged.
+        """
+        try:
+            return self.array.read().result()
+        except ValueError as error:
+            raise self.damaged(str(error)) from None
+
+    def problem(self) -> str:
+        """Reads the whole shard and says what is wrong with it; nothing if it is whole."""
+        try:
+            # Here with the array's own description, which other tools go by.
+            rows = ts.open(self._spec, open=True, context=self._storage.context).result().read().result()
+            _ = self.summary
+        except ValueError as error:
+            return f"is damaged: {error}"
+        except OSError as error:
+            return f"is damaged: {error.strerror}"
+        if zlib.crc32(rows.view(np.uint8).data) != self.shard.crc32:
+            return "was altered since it was written: its rows have another CRC-32"
+        return ""
+
+    def damaged(self, what: str) -> OSError:
+        """The error of a shard that cannot be read.
+
+        Args:
+            what: what is wrong.
+        """
+        return OSError(
+            errno.EIO,
+            f"{self._storage.path(self.shard.name)} is damaged: {what}. Open the store again with verify=True: that "
+            "leaves it and those after it out, and extending the store writes them again.",
+        )
+
+
+def _spec(storage: Storage, shard: Shard, d_in: int, dtype: str) -> dict[str, Any]:
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    one_file = {
+        "name": "sharding_indexed",
+        "configuration": {"chunk_shape": [shard.chunk_rows, d_in], "codecs": checked, "index_codecs": checked},
+    }
+    whole = -(-shard.rows // shard.chunk_rows) * shard.chunk_rows
+    return {
+        "driver": "zarr3",
+        "kvstore": (storage.kvstore / f"{shard.name}/").spec().to_json(),
+        "metadata": {
+            "shape": [shard.rows, d_in],
+            "data_type": dtype,
+            "fill_value": 0,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [whole, d_in]}},
+            "codecs": [one_file],
+        },
+        # A chunk that is not there is no chunk of zeros.
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
