@@ -107,6 +107,23 @@ class ShuffleBuffer:
         self._rows = joined[self._random.permutation(len(joined))]
         return is_open
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that the buffer holds, its rows not copied: they are never written over."""
+        facts = self._facts()
+        return {**facts, "rows": self._rows, "waiting": self._waiting}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave. Go on with `batches(source from number n_taken on)`.
+
+        Args:
+            state_dict: what it gave.
+
+        Raises:
+            ValueError: if it is from a buffer of another capacity or batch size.
+        """
+        self._check_same_sizes(state_dict, "the state")
+        self._take_over(state_dict, state_dict)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all that the buffer holds; the file is whole or not there.
 
@@ -116,13 +133,8 @@ class ShuffleBuffer:
         arrays = {"rows": np.ascontiguousarray(self._rows)}
         if self._waiting is not None:
             arrays["waiting"] = np.ascontiguousarray(self._waiting)
-        facts = {
-            "capacity": self.capacity,
-            "batch_size": self.batch_size,
-            "n_taken": self.n_taken,
-            "random": self._random.bit_generator.state,
-        }
-        write_whole(pathlib.Path(path), safetensors.numpy.save(arrays, {"shuffle_buffer": json.dumps(facts)}))
+        metadata = {"shuffle_buffer": json.dumps(self._facts())}
+        write_whole(pathlib.Path(path), safetensors.numpy.save(arrays, metadata))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Takes over what `save` wrote. Go on with `batches(source from number n_taken on)`.
@@ -139,11 +151,26 @@ class ShuffleBuffer:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (safetensors.SafetensorError, KeyError) as error:
             raise ValueError(f"{path} does not hold a whole shuffle buffer ({error}).") from None
+        self._check_same_sizes(facts, str(path))
+        self._take_over(facts, arrays)
+
+    def _facts(self) -> dict[str, Any]:
+        """All but the rows."""
+        return {
+            "capacity": self.capacity,
+            "batch_size": self.batch_size,
+            "n_taken": self.n_taken,
+            "random": self._random.bit_generator.state,
+        }
+
+    def _check_same_sizes(self, facts: dict[str, Any], what: str) -> None:
         if (facts["capacity"], facts["batch_size"]) != (self.capacity, self.batch_size):
             raise ValueError(
-                f"{path} is from a buffer of capacity {facts['capacity']} and batch_size {facts['batch_size']}; "
+                f"{what} is from a buffer of capacity {facts['capacity']} and batch_size {facts['batch_size']}; "
                 f"this one has {self.capacity} and {self.batch_size}."
             )
+
+    def _take_over(self, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
         self.n_taken = facts["n_taken"]
         self._random.bit_generator.state = facts["random"]
         self._rows, self._waiting = arrays["rows"], arrays.get("waiting")

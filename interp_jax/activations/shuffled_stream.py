@@ -7,8 +7,6 @@ A resumed run starts the source where the buffer had read to, with the buffer as
 for what was read since the last checkpoint. Hazard: each checkpoint then holds the whole buffer.
 """
 
-import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -44,10 +42,7 @@ class ShuffledStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: the buffer, and how much of the source it has read."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder) / "buffer"
-            self._buffer.save(path)
-            return {"buffer": np.fromfile(path, np.uint8)}
+        return self._buffer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to where the stream stood.
@@ -58,7 +53,4 @@ class ShuffledStream:
         Raises:
             ValueError: if it is of a buffer of another capacity or batch size.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder) / "buffer"
-            state_dict["buffer"].tofile(path)
-            self._buffer.restore(path)
+        self._buffer.load_state_dict(state_dict)

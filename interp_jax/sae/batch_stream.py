@@ -5,13 +5,12 @@ its start to where a resumed run goes on. One that is `Restorable` says where it
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import safetensors.numpy
 
+from interp_jax.sae.nested_state import NestedState
 from interp_jax.sae.train_config import TrainConfig
 
 __all__ = ["BatchStream", "Batches", "Restorable"]
@@ -32,7 +31,8 @@ class Restorable(Protocol):
         """Where the iteration stands: after the last batch that was given.
 
         Returns:
-            Dictionaries, lists, numbers, strings and NumPy arrays, which the iteration does not change any more.
+            Dictionaries, lists, numbers, strings and NumPy arrays. The iteration must not write into these arrays any
+            more: they are written to the disk as it goes on.
         """
         ...
 
@@ -54,7 +54,7 @@ class BatchStream:
         config: TrainConfig,
         first_step: int,
         place: Callable[[Any], Any],
-        position: bytes | None = None,
+        position: dict[str, Any] | None = None,
     ):
         """A stream.
 
@@ -63,7 +63,7 @@ class BatchStream:
             config: the run's.
             first_step: the step of the first batch that is wanted.
             place: puts an array where the training is.
-            position: what `position` gave when `first_step` batches had been read; None runs through them again.
+            position: the state of the batches when `first_step` of them had been read; None runs through them again.
         """
         self._place = place
         self._widths = (config.d_in,) if config.d_out is None else (config.d_in, config.d_out)
@@ -73,16 +73,16 @@ class BatchStream:
         self._restorable = batches if isinstance(batches, Restorable) else None
         if isinstance(batches, Iterable):
             if self._restorable is not None and position is not None:
-                self._restorable.load_state_dict(_state_of(position))
+                self._restorable.load_state_dict(position)
                 first_step = 0
             self._iterator = itertools.islice(iter(batches), first_step, None)
         else:
             self._at = batches
         self._peeked: Any = None
 
-    def position(self) -> bytes | None:
+    def position(self) -> NestedState | None:
         """Where the batches stand, after the last that `next` gave; None where they do not tell."""
-        return None if self._restorable is None else _bytes_of(self._restorable.state_dict())
+        return None if self._restorable is None else NestedState.of(self._restorable.state_dict())
 
     def peek(self) -> Any:
         """The first batch, which is still to come."""
@@ -124,34 +124,3 @@ class BatchStream:
             raise ValueError(f"the batch of step {step} has {shapes[0][0]} inputs and {shapes[-1][0]} targets.")
         arrays = tuple(map(self._place, parts))
         return arrays if len(arrays) == 2 else arrays[0]
-
-
-def _bytes_of(state: dict[str, Any]) -> bytes:
-    """A state as a safetensors file: its arrays, and the rest as JSON with their names in their places."""
-    arrays: dict[str, np.ndarray] = {}
-
-    def without_arrays(value: Any) -> Any:
-        if isinstance(value, np.generic):
-            return value.item()
-        if not isinstance(value, np.ndarray):
-            raise TypeError(
-                f"state_dict of the batches holds a {type(value).__name__}; expected dictionaries, lists, numbers, "
-                "strings and NumPy arrays."
-            )
-        name = f"array_{len(arrays)}"
-        arrays[name] = np.ascontiguousarray(value)
-        return {"array": name}
-
-    text = json.dumps(state, default=without_arrays)
-    return safetensors.numpy.save(arrays, {"state": text})
-
-
-def _state_of(content: bytes) -> dict[str, Any]:
-    arrays = safetensors.numpy.load(content)
-    length = int.from_bytes(content[:8], "little")
-    text = json.loads(content[8 : 8 + length])["__metadata__"]["state"]
-
-    def with_arrays(value: dict[str, Any]) -> Any:
-        return arrays[value["array"]] if value.keys() == {"array"} and value["array"] in arrays else value
-
-    return json.loads(text, object_hook=with_arrays)

@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from interp_jax.sae.nested_state import NestedState, read_nested_state
 from interp_jax.whole_file import write_whole
 
 __all__ = ["CheckpointWriter", "Restored", "bytes_of", "newest_checkpoint", "remove_checkpoints", "restore_latest"]
@@ -53,14 +54,14 @@ class CheckpointWriter:
         self._writing: concurrent.futures.Future[None] | None = None
         self._directory.mkdir(parents=True, exist_ok=True)
 
-    def save(self, step: int, state: Any, facts: dict[str, Any], data: bytes | None = None) -> pathlib.Path:
+    def save(self, step: int, state: Any, facts: dict[str, Any], data: NestedState | None = None) -> pathlib.Path:
         """Begins one checkpoint; it counts once it is whole, and old ones are removed then.
 
         Args:
             step: training steps done.
             state: a pytree of arrays. They may be donated when this returns.
             facts: what else is to come back with it; JSON. They must not be changed after this.
-            data: this process's state of the batches, if they have one.
+            data: this process's state of the batches, if they have one. Its arrays must not be changed after this.
 
         Returns:
             The folder that will hold it.
@@ -72,7 +73,7 @@ class CheckpointWriter:
         self.wait()
         path = self._directory / f"{_PREFIX}{step:08d}"
         whole = {"step": step, "n_processes": jax.process_count(), "facts": facts}
-        needed = bytes_of(state) + len(data or b"")
+        needed = bytes_of(state) + (0 if data is None else data.n_bytes)
         check_room(self._directory, needed, f"the checkpoint of step {step}")
         # As a list of leaves: what is on disk then does not depend on how the library at hand spells its modules.
         leaves = dict(enumerate_leaves(state))
@@ -157,7 +158,7 @@ class Restored:
         self._n_processes: int = whole.get("n_processes", 1)
         self._path = path
 
-    def data(self) -> bytes | None:
+    def data(self) -> dict[str, Any] | None:
         """This process's state of the batches, if the checkpoint has one.
 
         Raises:
@@ -170,7 +171,7 @@ class Restored:
                 f"checkpoint {self._path} holds the position in the data of each of {self._n_processes} processes; "
                 f"there are {jax.process_count()}. Go on with as many, or pass batches as a function of the step."
             )
-        return _data_path(self._path, jax.process_index()).read_bytes()
+        return read_nested_state(_data_path(self._path, jax.process_index()))
 
 
 def remove_checkpoints(directory: pathlib.Path) -> None:
@@ -327,9 +328,9 @@ def _data_path(path: pathlib.Path, process: int) -> pathlib.Path:
     return path / f"data_{process}.safetensors"
 
 
-def _write_data(path: pathlib.Path, data: bytes | None) -> None:
+def _write_data(path: pathlib.Path, data: NestedState | None) -> None:
     if data is not None:
-        write_whole(_data_path(path, jax.process_index()), data)
+        data.write(_data_path(path, jax.process_index()))
 
 
 def _sized(count: int) -> str:

@@ -5,6 +5,7 @@ import pytest
 
 from interp_jax.sae import TrainConfig
 from interp_jax.sae.batch_stream import BatchStream, Restorable
+from interp_jax.sae.nested_state import read_nested_state
 
 CONFIG = TrainConfig(4, 8, k=2)
 
@@ -32,14 +33,16 @@ class Counting:
         assert (found["name"], found["none"], half) == ("ü", None, 0.5)
 
 
-def test_batches_that_tell_where_they_stand_go_on_from_there():
+def test_batches_that_tell_where_they_stand_go_on_from_there(tmp_path):
     first = BatchStream(Counting(), CONFIG, 0, np.asarray)
     first.peek()
     read = [first.next(step) for step in range(3)]
     position = first.position()
+    assert position is not None
+    position.write(tmp_path / "position")
     following = [first.next(step) for step in range(3, 6)]
     again = Counting()
-    second = BatchStream(again, CONFIG, 3, np.asarray, position)
+    second = BatchStream(again, CONFIG, 3, np.asarray, read_nested_state(tmp_path / "position"))
     np.testing.assert_array_equal([second.next(step) for step in range(3, 6)], following)
     assert again.at == 6
     np.testing.assert_array_equal(again.buffer, np.arange(6).reshape(2, 3) + 6)

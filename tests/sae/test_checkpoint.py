@@ -16,6 +16,7 @@ import pytest
 
 from interp_jax.sae import TrainConfig, train
 from interp_jax.sae.checkpoint import CheckpointWriter, restore_latest
+from interp_jax.sae.nested_state import NestedState
 from interp_jax.sae.run_lock import only_one_training
 
 pytestmark = pytest.mark.caches
@@ -38,12 +39,12 @@ def test_memory_may_be_written_over_once_a_save_returns(tmp_path):
     with CheckpointWriter(tmp_path, keep=9) as writer:
         for step in range(1, 6):
             state = update(state)
-            writer.save(step, state, {"at": step}, data=b"%d" % step)
+            writer.save(step, state, {"at": step}, data=NestedState.of({"at": [step]}))
             state = update(state)
     for step in range(5, 0, -1):
         restored = restore_latest(tmp_path, LIKE)
         assert restored is not None
-        assert (restored.step, restored.facts, restored.data()) == (step, {"at": step}, b"%d" % step)
+        assert (restored.step, restored.facts, restored.data()) == (step, {"at": step}, {"at": [step]})
         np.testing.assert_array_equal(restored.state["a"], 2 * step - 1)
         shutil.rmtree(tmp_path / f"step_{step:08d}")
     assert restore_latest(tmp_path, LIKE) is None
@@ -67,8 +68,8 @@ def test_what_was_not_finished_is_not_kept_in_the_place_of_a_whole_one(tmp_path)
 @pytest.mark.parametrize("file", ["data_0.safetensors", "whole.json", None])
 def test_a_checkpoint_that_is_altered_or_cut_short_is_passed_over(tmp_path, file):
     with CheckpointWriter(tmp_path, keep=2) as writer:
-        writer.save(1, state_of(1), {}, data=b"one")
-        writer.save(2, state_of(2), {}, data=b"two")
+        writer.save(1, state_of(1), {}, data=NestedState.of({"one": 1}))
+        writer.save(2, state_of(2), {}, data=NestedState.of({"two": 2}))
     folder = tmp_path / "step_00000002"
     of_state = [path for path in (folder / "state").rglob("*") if path.is_file()]
     path = max(of_state, key=lambda path: path.stat().st_size) if file is None else folder / file
@@ -76,7 +77,7 @@ def test_a_checkpoint_that_is_altered_or_cut_short_is_passed_over(tmp_path, file
     with pytest.warns(UserWarning, match="step_00000002 is not whole"):
         restored = restore_latest(tmp_path, LIKE)
     assert restored is not None
-    assert (restored.step, restored.data()) == (1, b"one")
+    assert (restored.step, restored.data()) == (1, {"one": 1})
 
 
 def test_what_fails_in_writing_is_raised_and_the_one_before_it_named(tmp_path, monkeypatch):
