@@ -6,7 +6,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interp_jax.activations.tokens import pack, split_documents
+from interp_jax.activations.tokens import pack, pack_file, split_documents, stream_rows
 from interp_jax.models.tokenizer import Tokenizer
 
 
@@ -41,16 +41,61 @@ def test_rows_hold_the_stream_in_order(documents, context, bos, end):
         with pytest.raises(ValueError, match="do not fill one row"):
             pack(documents, _characters(bos=bos, end=end), context)
         return
-    rows = pack(documents, _characters(bos=bos, end=end), context)
+    tokenizer = _characters(bos=bos, end=end)
+    rows = pack(documents, tokenizer, context)
+    for batch_rows in (1, 2, 3):
+        batches = list(stream_rows(iter(documents), tokenizer, context, batch_rows))
+        assert all(batch.shape == (batch_rows, context) for batch in batches)
+        assert len(batches) == len(rows) // batch_rows
+        found = [row.tolist() for batch in batches for row in batch]
+        assert found == rows[: len(batches) * batch_rows].tolist()
     assert rows.shape == (len(stream) // width, context)
     assert rows[:, int(bos) :].ravel().tolist() == stream[: rows.shape[0] * width]
 
 
 def test_one_string_is_no_list_of_documents():
-    with pytest.raises(TypeError, match="list of documents"):
+    with pytest.raises(TypeError, match="put it into a list"):
         pack("abc", _characters(bos=False, end=True), 2)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="context=1"):
         pack(["abc"], _characters(bos=False, end=True), 1)
+
+
+def test_a_stream_is_read_no_further_than_it_is_asked_for():
+    read = []
+
+    def documents():
+        for text in ("abcd", "efgh", "ijkl", "mnop"):
+            read.append(text)
+            yield text
+
+    batches = stream_rows(documents(), _characters(bos=False, end=True), 5, 1)
+    assert read == []
+    assert next(batches).tolist() == [[0, 1, 2, 3, 26]]
+    assert read == ["abcd"]
+    with pytest.raises(ValueError, match="batch_rows is 0"):
+        stream_rows([], _characters(bos=False, end=True), 5, 0)
+
+
+def test_a_file_of_rows_is_whole_or_not_there(tmp_path):
+    tokenizer = _characters(bos=True, end=True)
+    documents = ["abc", "defghi", "", "jklmnopq"] * 50
+    path = tmp_path / "made" / "rows.npy"
+    rows = pack_file(iter(documents), tokenizer, 4, path)
+    expected = pack(documents, tokenizer, 4)
+    assert rows.dtype == np.int32
+    for found in (rows, np.load(path), np.load(path, mmap_mode="r")):
+        np.testing.assert_array_equal(found, expected)
+
+    def interrupted():
+        yield "abcdefghijkl"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_file(interrupted(), tokenizer, 4, path)
+    with pytest.raises(ValueError, match="do not fill one row of 4"):
+        pack_file(["a"], tokenizer, 4, tmp_path / "made" / "none.npy")
+    assert list(path.parent.iterdir()) == [path]
+    np.testing.assert_array_equal(np.load(path), expected)
 
 
 @given(n=st.integers(2, 200), held_out=st.floats(0.01, 0.99))
