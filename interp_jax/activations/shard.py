@@ -8,14 +8,14 @@ the shard's text. A reader that wants rows in no order then reads whole chunks, 
 prompt beside each other; reading single rows would cost a request each in a bucket, and a page each on a disk.
 `positions[i]` is where row i of the text lies. Norms are in the order of the text.
 
-A chunk whose checksum is wrong, or that is missing, is an error on every read. Beside those of the chunks, the manifest
-keeps a CRC-32 of all rows and the summary's SHA-256, so that a whole shard of something else is not taken for this one.
+A chunk whose checksum is wrong, or that is missing, is an error on every read. The manifest keeps the summary's
+SHA-256, and the rows must have the norms that the summary says, so that a whole shard of something else is not taken
+for this one.
 """
 
 import dataclasses
 import errno
 import hashlib
-import zlib
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 
 from interp_jax.activations.storage import Storage
 
-__all__ = ["PendingShard", "Shard", "ShardArrays", "Summary", "start_writing"]
+__all__ = ["PendingShard", "Shard", "ShardArrays", "Summary", "norms_of", "start_writing"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,6 @@ class Shard:
     """Rows a chunk; the last has fewer."""
     square_sum: float
     """Sum of the squares of all its numbers."""
-    crc32: int
-    """Of its rows as they lie."""
     summary_sha256: str
     """Of its summary."""
 
@@ -93,27 +91,47 @@ class PendingShard:
         return self._shard
 
 
+def norms_of(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n"]:
+    """Euclidean norms in float32; infinite or NaN where a number is.
+
+    Args:
+        rows: of any float type.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        floats = rows.astype(np.float32, copy=False)
+        norms = np.sqrt(np.einsum("ij,ij->i", floats, floats))
+        if not np.isfinite(norms).all():  # a square may be too large for float32 where the number is not
+            norms = np.linalg.norm(floats.astype(np.float64), axis=1).astype(np.float32)
+    return norms
+
+
 def start_writing(
-    storage: Storage, name: str, parts: list[np.ndarray], norms: Float[np.ndarray, "rows"], chunk_rows: int, seed: Any
+    storage: Storage,
+    name: str,
+    text: Float[np.ndarray, "rows d_in"],
+    norms: Float[np.ndarray, "rows"],
+    n_batches: int,
+    chunk_rows: int,
+    seed: Any,
 ) -> PendingShard:
     """Mixes rows and begins to write them.
 
     Args:
         storage: where.
         name: of the shard; whatever is there under that name is replaced.
-        parts: `[n, d_in]` arrays, in the order of the text.
+        text: the rows in the order of the text; they may be changed once this returns.
         norms: of all rows.
+        n_batches: how many batches they came in.
         chunk_rows: rows a chunk, at most.
         seed: of the mixing.
 
     Raises:
         OSError: if there is no room for it.
     """
-    rows = np.concatenate(parts)
-    n_rows, d_in = rows.shape
-    storage.check_room(rows.nbytes, f"the next shard, of {n_rows:,} activations,")
+    n_rows, d_in = text.shape
+    storage.check_room(text.nbytes, f"the next shard, of {n_rows:,} activations,")
     order = np.random.default_rng(seed).permutation(n_rows)
-    rows = np.take(rows, order, axis=0)
+    rows = np.take(text, order, axis=0)
     positions = np.empty(n_rows, np.int32)
     positions[order] = np.arange(n_rows, dtype=np.int32)
     # By a product: several times faster than a sum over the first axis.
@@ -122,10 +140,9 @@ def start_writing(
     shard = Shard(
         name=name,
         rows=n_rows,
-        batches=len(parts),
+        batches=n_batches,
         chunk_rows=min(chunk_rows, n_rows),
         square_sum=float(np.sum(np.square(norms, dtype=np.float64))),
-        crc32=zlib.crc32(rows.view(np.uint8).data),
         summary_sha256=hashlib.sha256(summary).hexdigest(),
     )
     try:
@@ -204,8 +221,8 @@ class ShardArrays:
             return f"is damaged: {error}"
         except OSError as error:
             return f"is damaged: {error.strerror}"
-        if zlib.crc32(rows.view(np.uint8).data) != self.shard.crc32:
-            return "was altered since it was written: its rows have another CRC-32"
+        if not np.allclose(norms_of(rows)[self.summary.positions], self.summary.norms, rtol=1e-5, atol=0.0):
+            return "was altered since it was written: its rows are not those of its summary"
         return ""
 
     def damaged(self, what: str) -> OSError:

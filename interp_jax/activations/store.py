@@ -35,7 +35,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Bool, Float, Int
 
-from interp_jax.activations.shard import PendingShard, Shard, ShardArrays, start_writing
+from interp_jax.activations.shard import PendingShard, Shard, ShardArrays, norms_of, start_writing
 from interp_jax.activations.storage import Storage
 
 __all__ = ["ActivationStore", "Statistics"]
@@ -220,17 +220,20 @@ class ActivationStore:
             shard_rows = max(1, _SHARD_BYTES // self._row_bytes)
         chunk_rows = max(1, _CHUNK_BYTES // self._row_bytes)
         self._write_manifest(finished=False)  # which also forgets what is damaged
-        waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        text = np.empty((0, self.d_in), self._numpy_dtype)  # rows that are in no shard yet, and room for more
+        norms: list[np.ndarray] = []
+        n_rows = 0
         pending: PendingShard | None = None
 
         def write() -> None:
-            nonlocal pending
+            nonlocal pending, n_rows
             enter()
             part, number = self._parts[0], len(self._shards)
-            rows, norms = ([one[which] for one in waiting] for which in (0, 1))
             name = f"part_{part:05d}/shard_{number:05d}"
-            pending = start_writing(self.storage, name, rows, np.concatenate(norms), chunk_rows, seed=(part, number))
-            waiting.clear()
+            found = text[:n_rows], np.concatenate(norms)
+            pending = start_writing(self.storage, name, *found, len(norms), chunk_rows, seed=(part, number))
+            norms.clear()
+            n_rows = 0
 
         def enter() -> None:
             nonlocal pending
@@ -239,14 +242,32 @@ class ActivationStore:
                 self._enter(before.result())
 
         def append(batch: Any) -> None:
-            number = self.n_batches + len(waiting) + (pending.batches if pending is not None else 0)
-            waiting.append(self._checked(batch, number))
-            if sum(len(rows) for rows, _ in waiting) >= shard_rows:
+            nonlocal text, n_rows
+            number = self.n_batches + len(norms) + (pending.batches if pending is not None else 0)
+            rows = np.asarray(batch)
+            if rows.ndim != 2 or rows.shape[1] != self.d_in or len(rows) == 0:
+                raise ValueError(f"batch {number} has shape {rows.shape}; expected [n, {self.d_in}], not empty.")
+            if n_rows + len(rows) > len(text):
+                larger = np.empty((shard_rows + len(rows), self.d_in), self._numpy_dtype)
+                larger[:n_rows] = text[:n_rows]
+                text = larger
+            taken = text[n_rows : n_rows + len(rows)]
+            with np.errstate(over="ignore"):
+                np.copyto(taken, rows, casting="unsafe")
+            found = norms_of(taken)
+            if not np.isfinite(found).all():
+                raise ValueError(
+                    f"batch {number} holds NaN, infinity, or numbers too large for {self.dtype}. If the "
+                    "model's output is in order, use bfloat16 or float32."
+                )
+            norms.append(found)
+            n_rows += len(rows)
+            if n_rows >= shard_rows:
                 write()
 
         try:
             yield append
-            if waiting:
+            if norms:
                 write()
         finally:
             enter()
@@ -414,24 +435,6 @@ class ActivationStore:
             except ValueError as error:
                 raise self._shards[number].damaged(str(error)) from None
         return rows
-
-    def _checked(self, batch: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A batch as it is stored, and its norms."""
-        rows = np.asarray(batch)
-        if rows.ndim != 2 or rows.shape[1] != self.d_in:
-            raise ValueError(f"batch {number} has shape {rows.shape}; expected [n, {self.d_in}].")
-        with np.errstate(over="ignore"):
-            rows = rows.astype(self._numpy_dtype, copy=True)  # the caller may use its array again
-            floats = rows.astype(np.float32, copy=False)
-            norms = np.sqrt(np.einsum("ij,ij->i", floats, floats))
-        if not np.isfinite(norms).all():
-            if not np.isfinite(floats).all():
-                raise ValueError(
-                    f"batch {number} holds NaN, infinity, or numbers too large for {self.dtype}. If the "
-                    "model's output is in order, use bfloat16 or float32."
-                )
-            norms = np.linalg.norm(floats.astype(np.float64), axis=1).astype(np.float32)
-        return rows, norms
 
     def _enter(self, shard: Shard) -> None:
         self._shards.append(self._arrays(shard))

@@ -148,7 +148,7 @@ def test_a_batch_seldom_holds_two_tokens_of_one_prompt(tmp_path, monkeypatch):
         (lambda path: path.write_bytes(b""), "is damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:30] + b"x" + path.read_bytes()[31:]), "is damaged"),
         (lambda path: path.unlink(), "is damaged.* missing"),
-        (lambda path: shutil.copy(str(path).replace("00001", "00002"), path), "was altered.* another CRC-32"),
+        (lambda path: shutil.copy(str(path).replace("00001", "00002"), path), "was altered.* not those of its summary"),
         (lambda path: (path.parents[2] / "zarr.json").unlink(), "is damaged"),
         (lambda path: (path.parents[2] / "summary.safetensors").write_bytes(b"{}"), "is damaged: summary"),
     ],
