@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
+import rich.table
+import rich.text
 
 __all__ = ["Advance", "advancing", "note", "silence", "working"]
 
@@ -25,6 +27,13 @@ class _Rate(rich.progress.ProgressColumn):
     def render(self, task: rich.progress.Task) -> str:
         unit = task.fields["unit"]
         return f"{_count(task.speed)} {unit}/s" if task.speed else f"- {unit}/s"
+
+
+class _Text(rich.progress.ProgressColumn):
+    """What else is known; where the terminal is narrow, the beginning of it."""
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        return rich.text.Text(task.fields["text"], no_wrap=True, overflow="ellipsis")
 
 
 def silence() -> None:
@@ -146,9 +155,9 @@ def advancing(description: str, total: int, *, unit: str = "tokens", done: int =
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.TaskProgressColumn(),
-        _Rate(),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[text]}", markup=False),
+        _Rate(table_column=rich.table.Column(no_wrap=True)),
+        rich.progress.TimeRemainingColumn(table_column=rich.table.Column(no_wrap=True)),
+        _Text(),
     )
     with rich.progress.Progress(*columns, console=_console) as progress:
         task = progress.add_task(description, total=total, completed=done, unit=unit, text="")
