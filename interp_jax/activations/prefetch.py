@@ -15,9 +15,11 @@ import concurrent.futures
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, cast, overload
 
-__all__ = ["PrefetchedSteps", "PrefetchedStream", "prefetched"]
+from interp_jax.sae.batch_stream import Restorable
+
+__all__ = ["PrefetchedRestorable", "PrefetchedSteps", "PrefetchedStream", "prefetched"]
 
 Batch = TypeVar("Batch")
 Ahead = TypeVar("Ahead", bound="_Ahead[Any]")
@@ -41,14 +43,16 @@ def prefetched(
         depth: how many batches are made ahead; each is held in memory.
 
     Returns:
-        The same, prefetched: a function of the step, or an iterator. Its thread ends with the `with` block, with
-        `close`, or with the interpreter.
+        The same, prefetched: a function of the step, or an iterator, `Restorable` where the source is. Its thread ends
+        with the `with` block, with `close`, or with the interpreter.
 
     Raises:
         ValueError: if `depth` is less than one.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}; expected at least one batch to be made ahead.")
+    if isinstance(batches, Restorable):
+        return PrefetchedRestorable(batches, depth)
     if isinstance(batches, Iterable):
         return PrefetchedStream(batches, depth)
     return PrefetchedSteps(batches, depth)
@@ -177,6 +181,48 @@ class PrefetchedStream(_Ahead[Batch], Iterator[Batch]):
         except _End:
             self.close()
             raise StopIteration from None
+
+
+class PrefetchedRestorable(PrefetchedStream[Batch]):
+    """A stream that is ahead of itself, and tells where it stands after the last batch that was given."""
+
+    def __init__(self, batches: Restorable, depth: int):
+        """Nothing is made before the first batch is asked for.
+
+        Args:
+            batches: the source.
+            depth: how many batches are made ahead; as many states are held.
+        """
+        super().__init__(_with_states(batches), depth)
+        self._batches = batches
+        self._state: dict[str, Any] | None = None
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            Exception: whatever the source raised.
+        """
+        batch, self._state = cast(Any, super().__next__())
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The source's state, as it was when it had given the last batch that was given here."""
+        return self._batches.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts the source where it stood; before the first batch is asked for.
+
+        Args:
+            state_dict: what `state_dict` gave.
+        """
+        self._batches.load_state_dict(state_dict)
+
+
+def _with_states(batches: Restorable) -> Iterator[Any]:
+    """Batches, each with the state after it. Nothing of the source is asked for before the first one is."""
+    for batch in batches:
+        yield batch, batches.state_dict()
 
 
 class _End(Exception):

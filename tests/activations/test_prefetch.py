@@ -13,6 +13,7 @@ import pytest
 
 from interp_jax.activations import prefetch
 from interp_jax.activations.prefetch import prefetched
+from interp_jax.sae.batch_stream import Restorable
 
 
 def threads():
@@ -38,6 +39,36 @@ def test_a_stream_is_the_same_stream():
         assert list(batches) == list(range(10))
         assert list(batches) == []
     assert list(prefetched([], depth=1)) == []
+
+
+class Numbers:
+    """A stream that tells where it stands."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        while self.at < 10:
+            self.at += 1
+            yield self.at
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state_dict):
+        self.at = state_dict["at"]
+
+
+def test_a_stream_tells_where_it_stands_by_what_was_given_not_by_what_was_made():
+    with prefetched(Numbers(), depth=3) as batches:
+        assert isinstance(batches, Restorable)
+        assert batches.state_dict() == {"at": 0}
+        assert [next(batches) for _ in range(4)] == [1, 2, 3, 4]
+        state = batches.state_dict()
+    assert state == {"at": 4}
+    with prefetched(Numbers(), depth=3) as resumed:
+        resumed.load_state_dict(state)
+        assert list(resumed) == [5, 6, 7, 8, 9, 10]
 
 
 def test_no_more_than_depth_is_made_ahead():
