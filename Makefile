@@ -11,7 +11,7 @@ LIBRARIES := gemma tunix penzai levanter
 PEER_saelens := sae-lens==6.54.12
 PEER_sparsify := eai-sparsify==1.3.3
 
-.PHONY: demo test test-fast test-slow test-newest test-patches test-vocabularies lint format docs docs-serve bench bench-models bench-sae bench-tpu studies-sae constraints clean
+.PHONY: demo test test-fast test-slow test-newest test-patches test-vocabularies lint format docs docs-serve bench bench-models bench-sae bench-activations bench-tpu studies-sae constraints clean
 
 demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index.html
 	$(BIN)/interp-jax demo --resume
@@ -71,6 +71,9 @@ bench-sae: $(VENV)/.dev $(VENV)-saelens/.done $(VENV)-sparsify/.done ## training
 
 studies-sae: $(VENV)/.dev ## claims about training dictionaries, tried on the tiny model: numbers and figures of docs/dictionary_studies.md
 	for study in beta1 ghost test_time_l0; do $(BIN)/python -W ignore -m benchmarks.sae.studies $$study || exit; done
+
+bench-activations: $(VENV)/.dev ## the store of activations beside plain file copy
+	$(BIN)/python -m benchmarks.activations
 
 bench-tpu: $(VENV)-tpu/.done ## compiled ahead of time for TPUs: the layer scan, and whether large models and autoencoders fit; needs none
 	$(VENV)-tpu/bin/python -m benchmarks.instrument.tpu
