@@ -34,6 +34,7 @@ import yaml
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from interp_jax.activations.prefetch import PrefetchedSteps
 from interp_jax.activations.splice_losses import N_PASSES, splice_losses
 from interp_jax.activations.store import ActivationStore
 from interp_jax.activations.store_activations import store_activations
@@ -302,9 +303,10 @@ def run_train(options: TrainOptions, *, resume: bool, processes: Processes = ALO
     config = options.config_for(store.d_in)
     with contextlib.ExitStack() as stack:
         loggers = _written(options, config, layer, stack)
+        batches = _batches(stack, options, store, among, mesh)
         sae, history = train(
             config,
-            _batches(options, store, among, mesh),
+            batches,
             mesh=mesh,
             on_step=_shown(stack, "Training", config.n_steps),
             checkpoint_dir=options.out / "training",
@@ -312,7 +314,7 @@ def run_train(options: TrainOptions, *, resume: bool, processes: Processes = ALO
             loggers=loggers,
         )
     _save_and_judge(options.out, sae, model, options.site, layer, held_out, keep_above)
-    _say(f"last step: {_in_words([history[-1]])}")
+    _say(f"last step: {_in_words([history[-1]])}; {batches.waited_s:.1f} s were spent waiting for batches")
     _say(f"The autoencoder is in {options.out / 'sae'}.")
 
 
@@ -342,7 +344,7 @@ def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool, proce
         loggers = _written(options, options.config_for(store.d_in), layer, stack)
         runs = sweep(
             configs,
-            _batches(options, store, among, mesh),
+            _batches(stack, options, store, among, mesh),
             mesh=mesh,
             on_step=_shown(stack, f"Training {len(configs)} autoencoders", options.n_steps),
             checkpoint_dir=options.out / "training",
@@ -479,14 +481,17 @@ def _mesh_sizes(text: str) -> dict[str, int]:
 
 
 def _batches(
-    options: TrainOptions, store: ActivationStore, among: Int[np.ndarray, "n"], mesh: Mesh | None
-) -> Callable[[int], np.ndarray]:
-    """Batches by step; of each the rows that this process is to give."""
+    stack: contextlib.ExitStack,
+    options: TrainOptions,
+    store: ActivationStore,
+    among: Int[np.ndarray, "n"],
+    mesh: Mesh | None,
+) -> PrefetchedSteps[np.ndarray]:
+    """Batches by step, read ahead of their turn; of each the rows that this process is to give."""
     batches = store.shuffled(options.batch_size, seed=options.seed, among=among)
-    if jax.process_count() == 1 or mesh is None:
-        return batches
-    rows = own_rows(mesh, options.batch_size)
-    return lambda step: batches(step)[rows]
+    own = slice(None) if mesh is None or jax.process_count() == 1 else own_rows(mesh, options.batch_size)
+    depth = 2 * options.steps_per_dispatch
+    return stack.enter_context(PrefetchedSteps(lambda step: batches(step)[own], depth))
 
 
 def _shown(stack: contextlib.ExitStack, description: str, n_steps: int) -> Callable[[int, Any], None]:
