@@ -216,25 +216,25 @@ def test_a_killed_writer_goes_on_to_an_identical_store(tmp_path):
         import numpy as np
         from interp_jax.activations.store import ActivationStore
 
-        store = ActivationStore(sys.argv[1], d_in=256, provenance={"model": "toy"})
+        store = ActivationStore(sys.argv[1], d_in=64, provenance={"model": "toy"})
         after = float(sys.argv[2])
         if after >= 0:
             threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        numbers = range(store.n_batches, 200)
-        store.extend((np.random.default_rng(n).normal(size=(100, 256)) for n in numbers), shard_rows=500)
+        numbers = range(store.n_batches, 120)
+        store.extend((np.random.default_rng(n).normal(size=(100, 64)) for n in numbers), shard_rows=500)
     """
     killed = 0
-    for after in (0.0, 0.03, 0.1, 0.2, -1):
+    for after in (0.0, 0.02, 0.05, 0.1, -1):
         process = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(after)], check=False)
         killed += process.returncode == -9
         store = ActivationStore.open(tmp_path)  # no warning: what is named is whole
-        expected = [np.random.default_rng(n).normal(size=(100, 256)) for n in range(store.n_batches)]
+        expected = [np.random.default_rng(n).normal(size=(100, 64)) for n in range(store.n_batches)]
         if expected:
             np.testing.assert_array_equal(of_all(store), np.concatenate(expected).astype(np.float32))
     assert killed >= 2
-    assert store.n_batches == 200
+    assert store.n_batches == 120
     shards = sorted(path.name for path in (tmp_path / "part_00000").glob("shard_*"))
-    assert shards == [f"shard_{number:05d}" for number in range(40)]
+    assert shards == [f"shard_{number:05d}" for number in range(24)]
 
 
 def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
