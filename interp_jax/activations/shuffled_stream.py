@@ -1,6 +1,6 @@
 """A stream of activations in mixed order that `train` can interrupt: where it stands is kept in each checkpoint.
 
-    stream = ShuffledStream(batches_from, capacity=100_000, batch_size=4096)
+    stream = ShuffledStream(batches_from, ShuffleBuffer(capacity=100_000, batch_size=4096))
     train(config, stream, checkpoint_dir="run", resume=True)
 
 A resumed run starts the source where the buffer had read to, with the buffer as it was: nothing is computed twice but
@@ -10,9 +10,7 @@ for what was read since the last checkpoint. Hazard: each checkpoint then holds 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
+from interp_jax.activations.device_shuffle_buffer import DeviceShuffleBuffer
 from interp_jax.activations.shuffle_buffer import ShuffleBuffer
 
 __all__ = ["ShuffledStream"]
@@ -21,23 +19,18 @@ __all__ = ["ShuffledStream"]
 class ShuffledStream:
     """Batches of a stream in mixed order, `Restorable` as `interp_jax.sae.batch_stream` wants them."""
 
-    def __init__(self, source: Callable[[int], Iterable[Any]], *, capacity: int, batch_size: int, seed: int = 0):
+    def __init__(self, source: Callable[[int], Iterable[Any]], buffer: ShuffleBuffer | DeviceShuffleBuffer):
         """A stream.
 
         Args:
             source: gives the stream's `[n, d_in]` arrays from a number of them on; always the same ones.
-            capacity: rows that the buffer holds.
-            batch_size: rows a batch.
-            seed: seed of the mixing.
-
-        Raises:
-            ValueError: as `ShuffleBuffer` does.
+            buffer: an empty one, on the host or on the device.
         """
         self._source = source
-        self._buffer = ShuffleBuffer(capacity=capacity, batch_size=batch_size, seed=seed)
+        self._buffer = buffer
 
-    def __iter__(self) -> Iterator[Float[np.ndarray, "batch d_in"]]:
-        """The batches that are still to come."""
+    def __iter__(self) -> Iterator[Any]:
+        """The batches that are still to come: `[batch, d_in]`, on the host or on the device."""
         return self._buffer.batches(self._source(self._buffer.n_taken))
 
     def state_dict(self) -> dict[str, Any]:

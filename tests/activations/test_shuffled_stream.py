@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from interp_jax.activations.device_shuffle_buffer import DeviceShuffleBuffer
+from interp_jax.activations.shuffle_buffer import ShuffleBuffer
 from interp_jax.activations.shuffled_stream import ShuffledStream
 from interp_jax.sae import TrainConfig, train
 
@@ -30,11 +32,12 @@ def stop(step, metrics):
         raise Stop
 
 
-def test_a_resumed_run_takes_the_buffer_from_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("kind", [ShuffleBuffer, DeviceShuffleBuffer])
+def test_a_resumed_run_takes_the_buffer_from_the_checkpoint(tmp_path, kind):
     config = TrainConfig(8, 16, architecture="relu", n_steps=12, checkpoint_every=5, log_every=1)
 
     def stream(source):
-        return ShuffledStream(source, capacity=100, batch_size=16, seed=3)
+        return ShuffledStream(source, kind(capacity=100, batch_size=16, seed=3))
 
     whole, history = train(config, stream(Source()))
     first, second = Source(), Source()
@@ -46,5 +49,5 @@ def test_a_resumed_run_takes_the_buffer_from_the_checkpoint(tmp_path):
     assert second.read[0] > 5, "the source was not run through again"
     assert second.read[0] <= first.read[-1] + 1
     with pytest.raises(ValueError, match="is from a buffer of capacity 100"):
-        other = ShuffledStream(Source(), capacity=50, batch_size=16)
+        other = ShuffledStream(Source(), kind(capacity=50, batch_size=16))
         train(config, other, checkpoint_dir=tmp_path, resume=True)

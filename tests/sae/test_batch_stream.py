@@ -1,5 +1,6 @@
 """Where batches stand is kept, whole, and given back; a plain iterable is run through."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ class Counting:
     """Batches whose state is everything that a state may hold."""
 
     def __init__(self):
-        self.at, self.random, self.buffer = 0, np.random.default_rng(5), np.arange(6).reshape(2, 3)
+        self.at, self.random, self.buffer = 0, np.random.default_rng(5), np.arange(6).reshape(2, 3).astype(jnp.bfloat16)
 
     def __iter__(self):
         while True:
@@ -46,7 +47,7 @@ def test_batches_that_tell_where_they_stand_go_on_from_there(tmp_path):
     np.testing.assert_array_equal([second.next(step) for step in range(3, 6)], following)
     assert again.at == 6
     np.testing.assert_array_equal(again.buffer, np.arange(6).reshape(2, 3) + 6)
-    assert again.buffer.dtype == np.arange(6).dtype
+    assert again.buffer.dtype == jnp.bfloat16
     # Without its position it is run through from its start.
     third = BatchStream(Counting(), CONFIG, 3, np.asarray)
     np.testing.assert_array_equal([third.next(step) for step in range(3, 6)], following)
