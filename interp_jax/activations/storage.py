@@ -1,8 +1,10 @@
 """Where a store lies: a folder on this machine, or a bucket, through TensorStore's key-value stores.
 
-A key is written whole or not at all: TensorStore writes a file beside it, syncs it to the disk and renames it, and a
-bucket does the same in its own way. What it reports as a failure of any kind becomes an OSError here that says what was
-being written, how much room that needs and, where that can be known, how much is free.
+A key is written whole or not at all. In a bucket that is the service's own promise. In a folder single values are
+written by `write_whole` and not by TensorStore, which always takes the same temporary file: what a killed writer left
+there stays at the end of a shorter value that is written next. What TensorStore reports as a failure of any kind
+becomes an OSError here that says what was being written, how much room that needs and, where that can be known, how
+much is free.
 """
 
 import contextlib
@@ -13,6 +15,8 @@ import shutil
 from typing import Any
 
 import tensorstore as ts
+
+from interp_jax.whole_file import write_whole
 
 __all__ = ["Storage"]
 
@@ -90,8 +94,11 @@ class Storage:
             OSError: if it cannot be written; what was there before stays.
         """
         try:
-            self.kvstore.write(key, value).result()
-        except ValueError as error:
+            if self.folder is not None:
+                write_whole(self.folder / key, value)
+            else:
+                self.kvstore.write(key, value).result()
+        except (ValueError, OSError) as error:
             raise self.failure(key, len(value), error) from None
 
     def write_new(self, key: str, value: bytes) -> bytes:
@@ -108,10 +115,13 @@ class Storage:
             OSError: if it cannot be written.
         """
         try:
-            before = self.kvstore.read(key).result()
-            if before.state == "missing":
-                self.kvstore.write(key, value, if_equal=before.stamp.generation).result()
-        except ValueError as error:
+            if self.folder is not None:
+                _write_new_file(self.folder / key, value)
+            else:
+                before = self.kvstore.read(key).result()
+                if before.state == "missing":
+                    self.kvstore.write(key, value, if_equal=before.stamp.generation).result()
+        except (ValueError, OSError) as error:
             raise self.failure(key, len(value), error) from None
         found = self.read(key)
         return value if found is None else found
@@ -127,6 +137,16 @@ class Storage:
             return
         with contextlib.suppress(ValueError):
             self.kvstore.delete_range(ts.KvStore.KeyRange(f"{folder}/", f"{folder}0")).result()  # "0" comes after "/"
+
+    def tidy(self, folder: str) -> None:
+        """Deletes the temporary files that killed writers left in a folder in which nobody writes now.
+
+        Args:
+            folder: its key, without the slash.
+        """
+        if self.folder is not None:
+            for file in (self.folder / folder).glob(".*"):
+                file.unlink(missing_ok=True)
 
     def free(self) -> int | None:
         """Bytes that are free; None where nobody can know, as in a bucket."""
@@ -161,6 +181,21 @@ class Storage:
         room = "" if free is None else f"; it needs {_size(n_bytes)}, and {_size(free)} are free"
         number = errno.ENOSPC if free is not None and free < n_bytes + _SPARE else errno.EIO
         return OSError(number, f"{self.path(key)} cannot be written{room}: {error}")
+
+
+def _write_new_file(path: pathlib.Path, value: bytes) -> None:
+    """Writes a file whole, unless it is there."""
+    if path.exists():
+        return
+    temporary = write_whole(path.with_name(f".{path.name}.{os.getpid()}.new"), value)
+    try:
+        os.link(temporary, path)  # which fails where the file is there by now
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        write_whole(path, value)
+    finally:
+        os.unlink(temporary)
 
 
 def _as_folder(path: str) -> str:

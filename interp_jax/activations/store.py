@@ -219,6 +219,7 @@ class ActivationStore:
         if shard_rows is None:
             shard_rows = max(1, _SHARD_BYTES // self._row_bytes)
         chunk_rows = max(1, _CHUNK_BYTES // self._row_bytes)
+        self.storage.tidy(_part_folder(self._parts[0]))
         self._write_manifest(finished=False)  # which also forgets what is damaged
         text = np.empty((0, self.d_in), self._numpy_dtype)  # rows that are in no shard yet, and room for more
         norms: list[np.ndarray] = []
@@ -229,7 +230,7 @@ class ActivationStore:
             nonlocal pending, n_rows
             enter()
             part, number = self._parts[0], len(self._shards)
-            name = f"part_{part:05d}/shard_{number:05d}"
+            name = f"{_part_folder(part)}/shard_{number:05d}"
             found = text[:n_rows], np.concatenate(norms)
             pending = start_writing(self.storage, name, *found, len(norms), chunk_rows, seed=(part, number))
             norms.clear()
@@ -487,8 +488,12 @@ class ActivationStore:
         return shards
 
 
+def _part_folder(part: int) -> str:
+    return f"part_{part:05d}"
+
+
 def _part_manifest(part: int) -> str:
-    return f"part_{part:05d}/{_MANIFEST}"
+    return f"{_part_folder(part)}/{_MANIFEST}"
 
 
 def _parsed(storage: Storage, key: str, content: bytes, names: Iterable[str]) -> dict[str, Any]:

@@ -237,6 +237,18 @@ def test_a_killed_writer_goes_on_to_an_identical_store(tmp_path):
     assert shards == [f"shard_{number:05d}" for number in range(24)]
 
 
+def test_what_a_killed_writer_left_is_no_part_of_what_is_written_next(tmp_path):
+    opened(tmp_path).extend(batches(0, 3), shard_rows=20)
+    part = tmp_path / "part_00000"
+    shard = part / "shard_00001" / "c" / "0"
+    shard.mkdir(parents=True)
+    for path in (part / "manifest.json.__lock", part / ".manifest.json.abc", shard / "0.__lock"):
+        path.write_text("x" * 100_000)
+    opened(tmp_path).extend(batches(3), shard_rows=20)
+    np.testing.assert_array_equal(of_all(ActivationStore.open(tmp_path)), np.concatenate(batches()))
+    assert not list(part.glob(".*")) + list(shard.glob("*.__lock"))
+
+
 def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
     """A real failure of the system to write: no file may grow beyond 16 kB. Small ones, as the manifest, still can."""
     code = """
