@@ -79,6 +79,7 @@ bench-tpu: $(VENV)-tpu/.done ## compiled ahead of time for TPUs: the layer scan,
 	$(VENV)-tpu/bin/python -m benchmarks.instrument.tpu
 	$(VENV)-tpu/bin/python -W ignore -m benchmarks.models.large
 	$(VENV)-tpu/bin/python -W ignore -m benchmarks.sae.large
+	$(VENV)-tpu/bin/python -W ignore -m benchmarks.pursuit.large
 
 constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
 	$(UV) pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --upgrade \

@@ -167,6 +167,47 @@ def sae(arguments: Annotated[list[str], tyro.conf.Positional]) -> None:
     sae_command.main(arguments)
 
 
+@app.command(name="pursue")
+def pursue(
+    paths: Annotated[list[pathlib.Path], tyro.conf.Positional],
+    *,
+    model: str = "smollm2",
+    layer: int | None = None,
+    site: str = "resid_post",
+    text: str = "wikipedia",
+    n_held_out: int = 8192,
+    context: int = 128,
+    l0: tuple[int, ...] = (4, 8, 16, 32, 64),
+    out: pathlib.Path = pathlib.Path("pursue"),
+) -> None:
+    """Dictionaries by their encoders and by pursuit, at each sparsity: loss recovered, as a table and pictures.
+
+    Args:
+        paths: Folders of autoencoders.
+        model: `tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file.
+        layer: The layer; the middle one when left out.
+        site: The site; `interp-jax sites MODEL` lists them.
+        text: `wikipedia`, a text file, a .jsonl file with {"text": ...} a line, or a folder of such files.
+        n_held_out: Tokens to judge by, of documents that `sae train` on the same text does not train on.
+        context: Tokens a row.
+        l0: The numbers of latents a token that are tried.
+        out: The folder to write to.
+    """
+    from interp_jax import pursue_command
+
+    pursue_command.run(
+        paths,
+        model_name=model,
+        layer=layer,
+        site=site,
+        text=text,
+        n_held_out=n_held_out,
+        context=context,
+        l0s=l0,
+        out=out,
+    )
+
+
 def main() -> None:
     """Runs the command line."""
     try:

@@ -38,7 +38,7 @@ from interp_jax.models.flax_llama import load_smollm2
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_loss
 from interp_jax.progress import advancing
-from interp_jax.pursuit import gradient_pursuit
+from interp_jax.pursuit import PursuitEncoder
 from interp_jax.report import (
     DemoReport,
     DictionaryScore,
@@ -54,7 +54,7 @@ from interp_jax.report import (
     write_page,
     write_results,
 )
-from interp_jax.sae import SparseAutoencoder, TrainConfig, evaluate, loss_recovered, save_saelens, train
+from interp_jax.sae import Evaluation, SparseAutoencoder, TrainConfig, evaluate, loss_recovered, save_saelens, train
 from interp_jax.steering import steer
 
 __all__ = ["FULL", "QUICK", "DemoError", "Settings", "run"]
@@ -319,12 +319,6 @@ def _trained(
     )
 
 
-def _decoded_pursuit(value: Array, sae: SparseAutoencoder) -> Array:
-    """The reconstruction by gradient pursuit in the SAE's dictionary: its encoder is not used."""
-    code = gradient_pursuit(value - sae.b_dec[...], sae.W_dec[...], L0)
-    return code.decode(sae.W_dec[...]) + sae.b_dec[...]
-
-
 def _judged(
     model: LanguageModel,
     sae: SparseAutoencoder,
@@ -337,12 +331,13 @@ def _judged(
 
     `mean` is that of the training text: held-out text must not help.
     """
+    pursuit = PursuitEncoder(sae, L0)
     replacements: dict[str, tuple[Any, ...]] = {
         "clean": (),
         "zero": (jnp.zeros_like,),
         "mean": (lambda value, mean: jnp.broadcast_to(mean, value.shape), jnp.asarray(mean)),
         "encoder": (lambda value, sae: sae(value), sae),
-        "pursuit": (_decoded_pursuit, sae),
+        "pursuit": (lambda value, encoder: encoder(value), pursuit),
     }
     losses = {}
     with advancing("Splicing on held-out text", len(replacements) * rows.size) as advance:
@@ -362,37 +357,18 @@ def _judged(
     activations = [batch[np.linalg.norm(batch, axis=1) <= sink_norm] for batch in map(np.asarray, stream)]
     evaluation = evaluate(sae, activations)
     scores = (
-        _score("SAE encoder", evaluation.l0, evaluation.fvu, evaluation.dead_share, losses, "encoder"),
-        _score("gradient pursuit", *_pursuit_statistics(sae, activations), losses, "pursuit"),
+        _score("SAE encoder", evaluation, losses, "encoder"),
+        _score("gradient pursuit", evaluate(pursuit, activations), losses, "pursuit"),
     )
     return scores, evaluation.density
 
 
-def _pursuit_statistics(
-    sae: SparseAutoencoder, activations: list[Float[np.ndarray, "n d_in"]]
-) -> tuple[float, float, float]:
-    """(L0, fraction of variance unexplained, share of latents never used) of gradient pursuit."""
-    pursue = jax.jit(lambda sae, x: gradient_pursuit(x - sae.b_dec[...], sae.W_dec[...], L0))
-    all_rows = np.concatenate(activations).astype(np.float64)
-    active, error, used = 0, 0.0, np.zeros(sae.d_sae, bool)
-    for batch in activations:
-        code = pursue(sae, jnp.asarray(batch))
-        weights = np.asarray(code.weights)
-        active += int((weights > 0).sum())
-        error += float((np.asarray(code.residual_norm, np.float64) ** 2).sum())
-        used[np.asarray(code.indices)[weights > 0]] = True
-    variance = float(((all_rows - all_rows.mean(axis=0)) ** 2).sum())
-    return active / len(all_rows), error / variance, float(1 - used.mean())
-
-
-def _score(
-    method: str, l0: float, fvu: float, dead_share: float, losses: dict[str, float], which: str
-) -> DictionaryScore:
+def _score(method: str, evaluation: Evaluation, losses: dict[str, float], which: str) -> DictionaryScore:
     score = DictionaryScore(
         method=method,
-        l0=l0,
-        fvu=fvu,
-        dead_share=dead_share,
+        l0=evaluation.l0,
+        fvu=evaluation.fvu,
+        dead_share=evaluation.dead_share,
         loss_clean=losses["clean"],
         loss_spliced=losses[which],
         loss_zero_ablated=losses["zero"],
@@ -401,8 +377,30 @@ def _score(
         loss_recovered_mean=loss_recovered(losses["clean"], losses[which], losses["mean"]),
     )
     _say(
-        f"{method}: L0 {l0:.1f}, FVU {fvu:.3f}, loss {score.loss_spliced:.3f} (clean {score.loss_clean:.3f}, "
-        f"zero-ablated {score.loss_zero_ablated:.3f}, mean-ablated {score.loss_mean_ablated:.3f}), recovered "
+        f"{method}: L0 {score.l0:.1f}, FVU {score.fvu:.3f}, loss {score.loss_spliced:.3f} "
+        f"(clean {score.loss_clean:.3f}, zero-ablated {score.loss_zero_ablated:.3f}, mean-ablated "
+        f"{score.loss_mean_ablated:.3f}), recovered {score.loss_recovered_zero:.1%} of the zero ablation, "
+        f"{score.loss_recovered_mean:.1%} of the mean ablation."
+    )
+    return scores, evaluation.density
+
+
+def _score(method: str, evaluation: Evaluation, losses: dict[str, float], which: str) -> DictionaryScore:
+    score = DictionaryScore(
+        method=method,
+        l0=evaluation.l0,
+        fvu=evaluation.fvu,
+        dead_share=evaluation.dead_share,
+        loss_clean=losses["clean"],
+        loss_spliced=losses[which],
+        loss_zero_ablated=losses["zero"],
+        loss_mean_ablated=losses["mean"],
+        loss_recovered_zero=loss_recovered(losses["clean"], losses[which], losses["zero"]),
+        loss_recovered_mean=loss_recovered(losses["clean"], losses[which], losses["mean"]),
+    )
+    _say(
+        f"{method}: L0 {score.l0:.1f}, FVU {score.fvu:.3f}, loss {score.loss_spliced:.3f} "
+        f"(clean {score.loss_clean:.3f}, zero-ablated {score.loss_zero_ablated:.3f}, mean-ablated {score.loss_mean_ablated:.3f}), recovered "
         f"{score.loss_recovered_zero:.1%} of the zero ablation, {score.loss_recovered_mean:.1%} of the mean ablation."
     )
     return score

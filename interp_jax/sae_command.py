@@ -39,8 +39,7 @@ from interp_jax.activations.splice_losses import N_PASSES, splice_losses
 from interp_jax.activations.store import ActivationStore
 from interp_jax.activations.store_activations import store_activations
 from interp_jax.activations.stream import stream_activations
-from interp_jax.activations.text_files import read_documents
-from interp_jax.activations.tokens import pack, split_documents
+from interp_jax.activations.train_and_held_out import documents_of, train_and_held_out
 from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.progress import advancing, silence, working
@@ -375,11 +374,19 @@ def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
             f"{path} is a transcoder, and the command reads one site: judge it by "
             "`interp_jax.activations.splice_losses.splice_losses` with its input_site."
         )
-    documents = _documents(options.text)
+    documents = documents_of(options.text)
     with working(f"Loading {options.model}"):
         model = load(options.model)
-    layer = _layer(model, options.layer)
-    _, held_out = _token_rows(options.text, documents, model, options.context, None, options.n_held_out)
+    layer = model.layer_or_middle(options.layer)
+    _, held_out = train_and_held_out(
+        options.text,
+        documents,
+        model,
+        context=options.context,
+        n_tokens=None,
+        n_held_out=options.n_held_out,
+        batch_rows=_ROWS,
+    )
     found = _judged(sae, model, options.site, layer, held_out, float("inf"))
     if options.out is not None:
         write_whole(options.out, json.dumps(found, indent=1).encode())
@@ -389,57 +396,23 @@ def _prepared(
     options: TrainOptions,
 ) -> tuple[LanguageModel, int, Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
     """The model, the layer, and rows to train on and to judge by."""
-    documents = _documents(options.text)
+    documents = documents_of(options.text)
     with working(f"Loading {options.model}"):
         model = load(options.model)
-    layer = _layer(model, options.layer)
-    rows, held_out = _token_rows(options.text, documents, model, options.context, options.n_tokens, options.n_held_out)
+    layer = model.layer_or_middle(options.layer)
+    rows, held_out = train_and_held_out(
+        options.text,
+        documents,
+        model,
+        context=options.context,
+        n_tokens=options.n_tokens,
+        n_held_out=options.n_held_out,
+        batch_rows=_ROWS,
+    )
     n_rows = len(rows) * (options.context - 1)
     if not 1 <= options.batch_size <= n_rows:
         raise ValueError(f"batch_size is {options.batch_size}; expected 1 to {n_rows:,}, the activations of n_tokens.")
     return model, layer, rows, held_out
-
-
-def _layer(model: LanguageModel, layer: int | None) -> int:
-    if layer is None:
-        return model.n_layers // 2
-    if not 0 <= layer < model.n_layers:
-        raise ValueError(f"{model.name} has no layer {layer}; its layers are 0 to {model.n_layers - 1}.")
-    return layer
-
-
-def _documents(text: str) -> list[str]:
-    """The documents of a text, read before anything that takes long."""
-    if text == "wikipedia":
-        from interp_jax.activations.wikipedia import articles
-
-        return [article.text for article in articles()]
-    documents = read_documents(text)
-    if not any(document.strip() for document in documents):
-        raise ValueError(f"{text} holds no text.")
-    return documents
-
-
-def _token_rows(
-    text: str, documents: list[str], model: LanguageModel, context: int, n_tokens: int | None, n_held_out: int
-) -> tuple[Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
-    """Rows to train on, drawn from all over the text, and rows of other documents."""
-    if len(documents) > 1:
-        train_rows, held_out = (pack(part, model.tokenizer, context) for part in split_documents(documents))
-    else:  # one document: its end is held out
-        rows = pack(documents, model.tokenizer, context)
-        cut = max(1, len(rows) * 9 // 10)
-        train_rows, held_out = rows[:cut], rows[cut:]
-    found = []
-    for what, rows, count in (("to train on", train_rows, n_tokens), ("held out", held_out, n_held_out)):
-        n_rows = 0 if count is None else max(_ROWS, count // context)
-        if len(rows) < n_rows:
-            raise ValueError(
-                f"{text} gives {len(rows) * context:,} tokens {what} in rows of {context}; {n_rows * context:,} were "
-                "asked for. Pass more text, or lower n_tokens or n_held_out."
-            )
-        found.append(rows[np.random.default_rng(0).permutation(len(rows))[: n_rows // _ROWS * _ROWS]])
-    return found[0], found[1]
 
 
 def _store(

@@ -19,7 +19,7 @@ FLOORS = [
     {"activations"},
     {"steering"},
     {"report"},
-    {"demo", "train_tiny", "patches_command", "model_command", "sae_command"},
+    {"demo", "train_tiny", "patches_command", "model_command", "sae_command", "pursue_command"},
     {"cli"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}

@@ -23,7 +23,7 @@ from interp_jax.activations.splice import is_sink, substituted, unheaded
 from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_losses
-from interp_jax.sae import SparseAutoencoder, loss_recovered
+from interp_jax.sae import Autoencoder, loss_recovered
 from interp_jax.sae.scalars import scalars
 
 __all__ = ["N_PASSES", "SpliceLosses", "splice_losses"]
@@ -82,7 +82,7 @@ class _Derived:
 def splice_losses(
     language_model: LanguageModel,
     tokens: Int[np.ndarray, "rows context"],
-    sae: SparseAutoencoder,
+    sae: Autoencoder,
     *,
     site: str = "resid_post",
     layer: int | None = None,
@@ -186,7 +186,7 @@ class _Passed(NamedTuple):
 
 def _program(
     forward: Callable[[Any, Array], Array],
-    sae: SparseAutoencoder,
+    sae: Autoencoder,
     site: str,
     layer: int | None,
     input_site: str,
@@ -231,7 +231,7 @@ def _check_width(value: Array, width: int, verb: str, site: str) -> None:
 
 
 @jax.jit
-def _reconstruction(sae: SparseAutoencoder, read: Float[Array, "batch seq d_in"]) -> Float[Array, "batch seq d_out"]:
+def _reconstruction(sae: Autoencoder, read: Float[Array, "batch seq d_in"]) -> Float[Array, "batch seq d_out"]:
     return sae(read.astype(jnp.float32))
 
 

@@ -46,6 +46,21 @@ class LanguageModel:
     more_stop_tokens: tuple[int, ...] = ()
     """Ids at which generation stops, besides those of the tokenizer: the end of a turn, say."""
 
+    def layer_or_middle(self, layer: int | None) -> int:
+        """A layer's number, checked.
+
+        Args:
+            layer: the number; None is the middle layer.
+
+        Raises:
+            ValueError: if there is no such layer.
+        """
+        if layer is None:
+            return self.n_layers // 2
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"{self.name} has no layer {layer}; its layers are 0 to {self.n_layers - 1}.")
+        return layer
+
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids that stand for a prompt: its text, after the tokenizer's `bos_id` where the model expects one.
 

@@ -9,6 +9,7 @@ from interp_jax.sae.gated import GatedSAE
 from interp_jax.sae.jumprelu import JumpReLUSAE
 from interp_jax.sae.matryoshka import MatryoshkaSAE
 from interp_jax.sae.mean_max_cosine import max_cosines, mean_max_cosine
+from interp_jax.sae.protocol import Autoencoder
 from interp_jax.sae.relu import ReLUSAE
 from interp_jax.sae.saelens import load_saelens, save_saelens
 from interp_jax.sae.sharing import load_sae, save_sae
@@ -18,6 +19,7 @@ from interp_jax.sae.train import NonFiniteLossError, train
 from interp_jax.sae.train_config import TrainConfig
 
 __all__ = [
+    "Autoencoder",
     "BatchTopKSAE",
     "DictionaryStructure",
     "Evaluation",

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from interp_jax.sae.autoencoder import SparseAutoencoder
 from interp_jax.sae.frequency_histogram import FrequencyHistogram, frequency_histogram, share_below
+from interp_jax.sae.protocol import Autoencoder
 from interp_jax.sae.scalars import scalars
 
 __all__ = ["Evaluation", "evaluate", "loss_recovered"]
@@ -77,7 +77,7 @@ class Evaluation:
         return scalars(self)
 
 
-def evaluate(sae: SparseAutoencoder, batches: Iterable[Any]) -> Evaluation:
+def evaluate(sae: Autoencoder, batches: Iterable[Any]) -> Evaluation:
     """Measures an SAE or a transcoder on activations.
 
     Args:
@@ -134,7 +134,7 @@ def evaluate(sae: SparseAutoencoder, batches: Iterable[Any]) -> Evaluation:
     )
 
 
-def _checked(batch: Any, number: int, sae: SparseAutoencoder) -> tuple[np.ndarray, np.ndarray]:
+def _checked(batch: Any, number: int, sae: Autoencoder) -> tuple[np.ndarray, np.ndarray]:
     """Input and target of a batch, float32 on the host; one and the same array where the batch is no pair."""
     is_pair = isinstance(batch, tuple) and len(batch) == 2
     if not is_pair and sae.d_in != sae.d_out:
@@ -186,7 +186,7 @@ class _Measured(NamedTuple):
 
 
 @jax.jit
-def _measure(sae: SparseAutoencoder, x: Float[Array, "batch d_in"], target: Float[Array, "batch d_out"]) -> _Measured:
+def _measure(sae: Autoencoder, x: Float[Array, "batch d_in"], target: Float[Array, "batch d_out"]) -> _Measured:
     codes = sae.encode(x)
     output = sae.decode(codes) + sae.skipped(x)
     error = target - output

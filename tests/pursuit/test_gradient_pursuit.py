@@ -9,21 +9,10 @@ import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pursuit_problems import KINDS, check_invariants, hard_problem, problem
 from sklearn.linear_model import orthogonal_mp
 
-from interp_jax import pursuit
-from interp_jax.pursuit import gradient_pursuit
-
-
-def problem(seed, batch=6, d_in=24, d_sae=60, active=4, noise=0.05):
-    random = np.random.default_rng(seed)
-    dictionary = random.normal(size=(d_sae, d_in))
-    dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
-    codes = np.zeros((batch, d_sae))
-    for row in codes:
-        row[random.choice(d_sae, active, replace=False)] = random.exponential(size=active) + 0.3
-    signals = codes @ dictionary + noise * random.normal(size=(batch, d_in))
-    return signals.astype(np.float32), dictionary.astype(np.float32)
+from interp_jax.pursuit import gradient_pursuit, greedy
 
 
 def dense_pursuit(signals, dictionary, l0, nonnegative=True):
@@ -86,31 +75,13 @@ def test_more_steps_than_atoms_come_to_nonnegative_least_squares_on_the_support(
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),
-    kind=st.sampled_from(["random", "coherent", "duplicated", "tiny", "huge", "mixed norms"]),
+    kind=st.sampled_from(KINDS),
     nonnegative=st.booleans(),
 )
 def test_what_holds_on_every_problem(seed, kind, nonnegative):
-    signals, dictionary = problem(seed)
-    if kind == "coherent":
-        dictionary = 0.1 * dictionary + 0.9 * dictionary[:1]
-    elif kind == "duplicated":
-        dictionary[30:] = dictionary[:30]
-    elif kind in ("tiny", "huge"):
-        signals = signals * np.float32(1e-25 if kind == "tiny" else 1e25)
-    elif kind == "mixed norms":
-        dictionary = dictionary * np.logspace(-6, 6, 60, dtype=np.float32)[:, None]
+    signals, dictionary = hard_problem(kind, seed)
     code = gradient_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), 7, nonnegative=nonnegative)
-    weights, indices = np.asarray(code.weights), np.asarray(code.indices)
-    assert np.isfinite(weights).all()
-    if nonnegative:
-        assert (weights >= 0).all()
-    for row, found in zip(weights, indices, strict=True):
-        used = found[row != 0]
-        assert len(set(used)) == len(used), "an atom stands in two slots"
-        assert (found[row == 0] == -1).all()
-    assert (np.asarray(code.l0_reached) == (weights != 0).sum(1)).all()
-    norms = np.linalg.norm(signals.astype(np.float64), axis=1)
-    assert (code.residual_norm <= norms * (1 + 1e-5)).all()
+    check_invariants(code, signals, dictionary, nonnegative=nonnegative)
     if kind == "random" and not nonnegative:
         # Nothing is clipped, and a step is an exact line search: the residual never grows.
         by_steps = [
@@ -154,7 +125,9 @@ def test_the_tolerance_stops_a_signal():
 def test_batch_shape_and_chunks_do_not_matter(monkeypatch):
     signals, dictionary = problem(5, batch=10)
     whole = gradient_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), 5)
-    monkeypatch.setattr(pursuit, "CHUNK", 4)
+    monkeypatch.setattr(greedy, "_CHUNK_NUMBERS", {})
+    monkeypatch.setattr(greedy, "_CHUNK_NUMBERS_ELSEWHERE", 0)
+    monkeypatch.setattr(greedy, "_SMALLEST_CHUNK", 4)
     jax.clear_caches()
     chunked = gradient_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), 5)
     shaped = gradient_pursuit(jnp.asarray(signals).reshape(2, 5, -1), jnp.asarray(dictionary), 5)

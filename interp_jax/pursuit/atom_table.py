@@ -1,0 +1,97 @@
+"""A dictionary as pursuit sees it: which atom fits a residual best, and the atoms by their numbers.
+
+- Atoms may have any norm: each counts as if it had norm one. The correlations are scaled, not the dictionary, of which
+  no second copy is made.
+- `jnp.argmax` of a [batch, d_sae] matrix does not vectorise on CPU and would cost 40 % of the product. Maxima of blocks
+  do, and leave an argmax over the blocks and one inside the best block.
+- A dictionary in bfloat16 is multiplied as it is, and summed in float32.
+- Inside `jax.shard_map` a table may hold one shard of the dictionary. The best atom is then that of all shards, told by
+  one number and one index from each, and of equally good ones the first, as on one device. The dictionary never moves;
+  an atom that was picked does.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from interp_jax.pursuit.norms import norm, safe_inverse
+
+__all__ = ["AtomTable"]
+
+BLOCK = 128
+"""Neighbouring atoms whose best correlation is found together."""
+
+
+class AtomTable(NamedTuple):
+    """The dictionary, or one shard of it."""
+
+    atoms: Float[Array, "n d_in"]
+    inverse_norms: Float[Array, "n"]
+    axis: str | None = None
+    """The mesh's axis that the dictionary is split over, inside `jax.shard_map`."""
+
+    @classmethod
+    def of(cls, atoms: Float[Array, "n d_in"], axis: str | None = None) -> "AtomTable":
+        """A table of atoms; no derivative goes through it.
+
+        Args:
+            atoms: one a row; zero ones correlate with nothing.
+            axis: the mesh's axis that they are split over.
+        """
+        atoms = jax.lax.stop_gradient(atoms)
+        return cls(atoms, safe_inverse(norm(atoms.astype(jnp.promote_types(atoms.dtype, jnp.float32)))), axis)
+
+    def best(
+        self, residual: Float[Array, "batch d_in"], *, is_signed: bool
+    ) -> tuple[Float[Array, "batch"], Int[Array, "batch"]]:
+        """The greatest correlation of each residual with an atom, and that atom; NaN where there is one.
+
+        Args:
+            residual: the residuals.
+            is_signed: whether the greatest absolute value counts.
+        """
+        products = jnp.einsum(
+            "bd,nd->bn", residual.astype(self.atoms.dtype), self.atoms, preferred_element_type=residual.dtype
+        )
+        products = products * self.inverse_norms.astype(residual.dtype)
+        score, atom = _first_maximum(jnp.abs(products) if is_signed else products)
+        if self.axis is None:
+            return score, atom
+        scores = jax.lax.all_gather(score, self.axis)
+        atoms = jax.lax.all_gather(atom + self._first(), self.axis)
+        shard = jnp.argmax(scores, axis=0)[None]
+        return jnp.max(scores, axis=0), jnp.take_along_axis(atoms, shard, axis=0)[0]
+
+    def units(self, picked: Int[Array, "batch"]) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch"]]:
+        """Atoms by their numbers, of norm one, and what they were multiplied by; zero ones stay zero.
+
+        Args:
+            picked: their numbers.
+        """
+        if self.axis is None:
+            inverse = self.inverse_norms[picked]
+            return self.atoms[picked].astype(inverse.dtype) * inverse[:, None], inverse
+        local = picked - self._first()
+        is_own = (local >= 0) & (local < len(self.atoms))
+        local = jnp.where(is_own, local, 0)
+        inverse = jnp.where(is_own, self.inverse_norms[local], 0)
+        own = self.atoms[local].astype(inverse.dtype) * inverse[:, None]
+        return jax.lax.psum((own, inverse), self.axis)
+
+    def _first(self) -> Int[Array, ""]:
+        """The number of this shard's first atom."""
+        assert self.axis is not None
+        return jax.lax.axis_index(self.axis) * len(self.atoms)
+
+
+def _first_maximum(scores: Float[Array, "batch n"]) -> tuple[Float[Array, "batch"], Int[Array, "batch"]]:
+    """The greatest score of each row and its first position, by way of blocks; NaN where the row holds one."""
+    if scores.shape[1] % BLOCK:
+        scores = jnp.pad(scores, ((0, 0), (0, -scores.shape[1] % BLOCK)), constant_values=-jnp.inf)
+    blocks = scores.reshape(scores.shape[0], scores.shape[1] // BLOCK, BLOCK)
+    maxima = jnp.max(blocks, axis=2)
+    which = jnp.argmax(maxima, axis=1)
+    block = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
+    return jnp.max(maxima, axis=1), which * BLOCK + jnp.argmax(block, axis=1)

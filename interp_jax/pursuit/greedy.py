@@ -1,0 +1,272 @@
+"""What all pursuits share: pick the atom that fits the residual best, find new weights, and again.
+
+How it is laid out, and why:
+
+- The active set is explicit: k indices, k gathered atoms and their Gram matrix. One product with the whole dictionary
+  remains in a step, which finds the next atom; what a method does with the weights happens in the k x k space of the
+  Gram matrix, so a method is a few lines (`Method`). With dense weights a step would take three products.
+- Signals are scaled to norm one and so is each atom, so that very small and very large ones neither underflow nor
+  overflow, and rescaling an atom changes its weight and nothing else.
+- Batches are worked on in chunks of signals, which bounds the memory whatever the batch.
+
+Gradients, forward and reverse, with respect to signals and dictionary, are those of the weights with the choice of
+atoms held fixed. They come from a method's `replay` in the Gram space, where a step costs nothing beside a product with
+the dictionary; nothing of size [batch, d_sae] is kept for them. The choice itself is piecewise constant: at the points
+where it jumps the gradient is one-sided.
+
+On a mesh the search runs under `jax.shard_map`: rows split over `data`, the dictionary over `latent`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from interp_jax.pursuit.atom_table import AtomTable
+from interp_jax.pursuit.norms import norm, safe_inverse
+from interp_jax.pursuit.sparse_code import PRECISE, SparseCode, code_of
+
+__all__ = ["Method", "pursue"]
+
+DATA, LATENT = "data", "latent"
+"""Axes of a mesh: rows are split over the one, the dictionary over the other."""
+
+_CHUNK_NUMBERS = {"cpu": 2**22}
+_CHUNK_NUMBERS_ELSEWHERE = 2**27
+_SMALLEST_CHUNK = 64
+"""A chunk is as many signals as fill so many numbers, so that products are of a good size and memory is bounded."""
+
+
+class Method(NamedTuple):
+    """How a pursuit finds its weights, in the Gram space of the atoms that each signal has picked."""
+
+    start: Callable[[int, int, Any], Any]
+    """From batch, l0 and dtype to whatever the method carries from step to step."""
+    refine: Callable[..., tuple[Array, Any]]
+    """`(weights, carried, gram, products, slot, number) -> (weights, carried)`: one step. `slot` is the one that was
+    picked; `l0` where no atom would help, for refinement only; `l0 + 1` where the signal is finished and nothing is to
+    change. Empty slots have zero rows in `gram` and zero `products`."""
+    replay: Callable[..., Array]
+    """`(weights, gram, products, slots) -> weights`: what the steps found, as a smooth function of `gram` and
+    `products`, with all choices given by `weights` and `slots`."""
+
+
+def pursue(
+    method: Method,
+    signals: Float[Array, "*batch d_in"],
+    dictionary: Float[Array, "d_sae d_in"],
+    l0: int | Int[Array, "..."],
+    *,
+    max_l0: int | None,
+    nonnegative: bool,
+    tolerance: float,
+    mesh: Mesh | None,
+) -> SparseCode:
+    """Finds codes by a method; the arguments are those of the public functions."""
+    batch = signals.shape[:-1]
+    size = l0 if max_l0 is None else max_l0
+    if not isinstance(size, int | np.integer):
+        raise ValueError(f"l0 is an array of shape {jnp.shape(l0)}: max_l0 must say the most atoms of any signal.")
+    size = int(size)
+    _check(signals, dictionary, size, tolerance)
+    if jnp.shape(l0) not in ((), batch):
+        raise ValueError(f"l0 has shape {jnp.shape(l0)}; expected one number, or one a signal, {batch}.")
+    limits = jnp.broadcast_to(jnp.minimum(jnp.asarray(l0, jnp.int32), size), batch).reshape(-1)
+    dtype = jnp.promote_types(signals.dtype, jnp.float32)
+    if dictionary.dtype != jnp.bfloat16:
+        dtype = jnp.promote_types(dtype, dictionary.dtype)
+        dictionary = dictionary.astype(dtype)
+    flat = signals.reshape(-1, signals.shape[-1]).astype(dtype)
+    if mesh is not None:
+        _check_mesh(mesh, len(flat), dictionary.shape[0])
+    code = _pursue(method, flat, dictionary, limits, size, nonnegative, float(tolerance), mesh)
+    return SparseCode(*(value.reshape(*batch, *value.shape[1:]) for value in code))
+
+
+def _check(signals: Array, dictionary: Array, l0: int, tolerance: float) -> None:
+    if dictionary.ndim != 2 or signals.ndim < 1 or signals.shape[-1] != dictionary.shape[1]:
+        raise ValueError(
+            f"signals {signals.shape} and dictionary {dictionary.shape} do not fit: expected [..., d_in] and "
+            "[d_sae, d_in] with the same d_in. An SAE's dictionary is its W_dec, not W_enc."
+        )
+    if not 1 <= l0 <= dictionary.shape[0]:
+        raise ValueError(f"l0 is {l0}; expected 1 to {dictionary.shape[0]}, the number of atoms in the dictionary.")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; expected 0 or more, as a share of the signal's norm.")
+    for name, value in (("signals", signals), ("dictionary", dictionary)):
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} have dtype {value.dtype}; expected a floating type. Convert with .astype('float32')."
+            )
+    if not isinstance(dictionary, jax.core.Tracer) and dictionary.is_fully_addressable:
+        # NumPy's, since under jit a jnp operation would give a tracer, although this dictionary is concrete.
+        bad = np.flatnonzero(~np.isfinite(np.asarray(dictionary, np.float32)).all(axis=1))
+        if bad.size:
+            raise ValueError(f"dictionary row {int(bad[0])} holds NaN or infinity ({bad.size} such rows in all).")
+
+
+def _check_mesh(mesh: Mesh, n_signals: int, n_atoms: int) -> None:
+    if set(mesh.axis_names) != {DATA, LATENT}:
+        raise ValueError(f"the mesh has axes {mesh.axis_names}; expected ('{DATA}', '{LATENT}').")
+    for axis, number, what in ((DATA, n_signals, "signals"), (LATENT, n_atoms, "atoms")):
+        if number % mesh.shape[axis]:
+            raise ValueError(
+                f"the mesh's axis '{axis}' has {mesh.shape[axis]} devices, which must divide the {number} {what}."
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("method", "l0", "nonnegative", "tolerance", "mesh"))
+def _pursue(
+    method: Method,
+    signals: Float[Array, "batch d_in"],
+    dictionary: Float[Array, "d_sae d_in"],
+    limits: Int[Array, "batch"],
+    l0: int,
+    nonnegative: bool,
+    tolerance: float,
+    mesh: Mesh | None,
+) -> SparseCode:
+    search = functools.partial(_search, method=method, l0=l0, nonnegative=nonnegative, tolerance=tolerance)
+    is_sound = jnp.all(jnp.isfinite(jax.lax.stop_gradient(dictionary)))
+    finish = functools.partial(_finish, method=method, dictionary=dictionary, is_sound=is_sound)
+    if mesh is not None:
+
+        def of_shard(signals: Array, limits: Array, atoms: Array) -> tuple[Array, Array, Array]:
+            table = AtomTable.of(atoms, LATENT)
+            run = functools.partial(search, table=table)
+            return _in_chunks(lambda signals, limits: run(signals, limits), atoms.shape[0], l0, signals, limits)
+
+        specs = {"in_specs": (P(DATA), P(DATA), P(LATENT)), "out_specs": P(DATA)}
+        found = jax.shard_map(of_shard, mesh=mesh, check_vma=False, **specs)(
+            *map(jax.lax.stop_gradient, (signals, limits, dictionary))
+        )
+        return finish(signals, *found)
+    table = AtomTable.of(dictionary)
+
+    def whole(signals: Array, limits: Array) -> SparseCode:
+        return finish(signals, *search(jax.lax.stop_gradient(signals), limits, table=table))
+
+    return _in_chunks(whole, dictionary.shape[0], l0, signals, limits)
+
+
+def _in_chunks(run: Callable[[Array, Array], Any], n_atoms: int, l0: int, signals: Array, limits: Array) -> Any:
+    """A function of signals and their limits, on a chunk of them at a time."""
+    size, d_in = signals.shape
+    numbers = _CHUNK_NUMBERS.get(jax.default_backend(), _CHUNK_NUMBERS_ELSEWHERE)
+    chunk = max(_SMALLEST_CHUNK, numbers // (n_atoms + l0 * (d_in + 2 * l0)))
+    n_chunks = max(1, -(-size // chunk))
+    if n_chunks == 1:
+        return run(signals, limits)
+    chunk = -(-size // n_chunks)
+    signals = jnp.pad(signals, ((0, n_chunks * chunk - size), (0, 0))).reshape(n_chunks, chunk, d_in)
+    limits = jnp.pad(limits, (0, n_chunks * chunk - size)).reshape(n_chunks, chunk)
+    found = jax.lax.map(lambda given: run(*given), (signals, limits))
+    return jax.tree.map(lambda value: value.reshape(n_chunks * chunk, *value.shape[2:])[:size], found)
+
+
+def _finish(
+    signals: Float[Array, "batch d_in"],
+    indices: Int[Array, "batch l0"],
+    slots: Int[Array, "batch steps"],
+    weights: Float[Array, "batch l0"],
+    method: Method,
+    dictionary: Float[Array, "d_sae d_in"],
+    is_sound: Bool[Array, ""],
+) -> SparseCode:
+    """The code of what a search found, differentiable by signals and dictionary."""
+    weights = _with_gradient(method, signals, dictionary, indices, slots, weights)
+    atoms = dictionary[indices].astype(signals.dtype)
+    residual = signals - jnp.einsum("bk,bkd->bd", weights, atoms, precision=PRECISE)
+    return code_of(indices, weights, jnp.where(is_sound, norm(residual), jnp.nan))
+
+
+def _search(
+    signals: Float[Array, "batch d_in"],
+    limits: Int[Array, "batch"],
+    *,
+    table: AtomTable,
+    method: Method,
+    l0: int,
+    nonnegative: bool,
+    tolerance: float,
+) -> tuple[Int[Array, "batch l0"], Int[Array, "batch l0"], Float[Array, "batch l0"]]:
+    """The pursuit itself.
+
+    Returns:
+        The atom that each slot holds; the slot that each step worked on first, as `Method.refine` is told; the weights.
+    """
+    size, dtype = len(signals), signals.dtype
+    scales = norm(signals)
+    targets = signals * safe_inverse(scales)[:, None]
+    floor = 4 * jnp.finfo(dtype).eps
+
+    def step(carry: Any, number: Array) -> tuple[Any, Array]:
+        residual, atoms, inverses, indices, gram, products, weights, carried = carry
+        best, picked = table.best(residual, is_signed=not nonnegative)
+        is_running = (jnp.linalg.norm(residual, axis=1) > tolerance) & (number < limits)
+        is_useful = (best > floor) & is_running
+        picked = jnp.where(is_useful, picked, 0)
+
+        same = (indices == picked[:, None]) & is_useful[:, None]
+        is_new = is_useful & ~jnp.any(same, axis=1)
+        slot = jnp.where(is_new, number, jnp.where(is_useful, jnp.argmax(same, axis=1), l0)).astype(jnp.int32)
+        slot = jnp.where(is_running, slot, l0 + 1)
+
+        # A slot that is not new keeps zeros here: it is never active, and zero rows of the Gram matrix do no harm.
+        unit, inverse = table.units(picked)
+        atom = jnp.where(is_new[:, None], unit, 0).astype(dtype)
+        atoms = jax.lax.dynamic_update_index_in_dim(atoms, atom, number, axis=1)
+        inverses = inverses.at[:, number].set(jnp.where(is_new, inverse, 0).astype(dtype))
+        indices = indices.at[:, number].set(jnp.where(is_new, picked, -1))
+        row = jnp.einsum("bkd,bd->bk", atoms, atom, precision=PRECISE)
+        gram = gram.at[:, number, :].set(row).at[:, :, number].set(row)
+        products = products.at[:, number].set(jnp.sum(atom * targets, axis=1))
+
+        weights, carried = method.refine(weights, carried, gram, products, slot, number)
+        residual = targets - jnp.einsum("bk,bkd->bd", weights, atoms, precision=PRECISE)
+        return (residual, atoms, inverses, indices, gram, products, weights, carried), slot
+
+    zeros = functools.partial(jnp.zeros, dtype=dtype)
+    start = (
+        targets,
+        zeros((size, l0, signals.shape[1])),
+        zeros((size, l0)),
+        jnp.full((size, l0), -1, jnp.int32),
+        zeros((size, l0, l0)),
+        zeros((size, l0)),
+        zeros((size, l0)),
+        method.start(size, l0, dtype),
+    )
+    (_, _, inverses, indices, _, _, weights, _), slots = jax.lax.scan(step, start, jnp.arange(l0))
+    weights = weights * scales[:, None] * inverses
+    return indices, slots.T, jnp.where(jnp.isfinite(weights), weights, 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_gradient(method, signals, dictionary, indices, slots, weights):
+    """The weights that the search found, with the derivative of the method's replay."""
+    return weights
+
+
+@_with_gradient.defjvp
+def _with_gradient_jvp(method, primals, tangents):
+    signals, dictionary, indices, slots, weights = primals
+
+    def replay(signals: Array, dictionary: Array) -> Array:
+        scales = norm(signals)
+        targets = signals * safe_inverse(scales)[:, None]
+        atoms = jnp.where(indices[..., None] < 0, 0, dictionary[indices].astype(signals.dtype))
+        inverse_norms = safe_inverse(norm(atoms))
+        atoms = atoms * inverse_norms[..., None]
+        gram = jnp.einsum("bid,bjd->bij", atoms, atoms, precision=PRECISE)
+        products = jnp.einsum("bkd,bd->bk", atoms, targets, precision=PRECISE)
+        return method.replay(weights, gram, products, slots) * scales[:, None] * inverse_norms
+
+    return weights, jax.jvp(replay, (signals, dictionary), tangents[:2])[1]

@@ -1,0 +1,30 @@
+"""Norms and inverses that are safe at the ends of the floating-point range, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+__all__ = ["norm", "safe_inverse"]
+
+
+def norm(vectors: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+    """Norms over the last axis that neither overflow nor underflow, with gradient zero at zero.
+
+    Args:
+        vectors: the vectors.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True, initial=0))
+    is_zero = largest == 0
+    squares = jnp.sum(jnp.square(vectors / jnp.where(is_zero, 1, largest)), axis=-1)
+    is_zero, largest = is_zero[..., 0], largest[..., 0]
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares)) * largest)
+
+
+def safe_inverse(values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """1/x, and 0 where x is too small to have one.
+
+    Args:
+        values: not negative.
+    """
+    is_zero = values < 4 * jnp.finfo(values.dtype).tiny
+    return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
