@@ -110,9 +110,9 @@ def test_two_processes_on_a_mesh_train_as_one_does(run, text, tmp_path):
     ]
     found = [one.communicate(timeout=400) for one in running]
     assert [one.returncode for one in running] == [0, 0], found
-    printed, silent = ([line for line in told[0].splitlines() if "Gloo" not in line] for told in found)
-    assert printed[-1] == f"The autoencoder is in {out / 'sae'}."
-    assert silent == []
+    said = f"The autoencoder is in {out / 'sae'}."
+    assert [said in printed for printed, _ in found] == [True, False]  # JAX's own collectives print in both
+    assert ["Training" in errors for _, errors in found] == [True, False]
     for ours, theirs in zip(metrics_of(out), metrics_of(run), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
     np.testing.assert_allclose(load_sae(out / "sae").W_dec[...], load_sae(run / "sae").W_dec[...], atol=1e-4)
