@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 
 from interp_jax.activations.storage import Storage
 
-__all__ = ["PendingShard", "Shard", "ShardArrays", "Summary", "norms_of", "start_writing"]
+__all__ = ["Filling", "PendingShard", "Shard", "ShardArrays", "Summary", "norms_of", "start_writing"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PendingShard:
             n_bytes: its size.
             commit: TensorStore's future.
         """
-        self.batches = shard.batches
+        self.n_batches = shard.batches
         self._storage = storage
         self._shard = shard
         self._n_bytes = n_bytes
@@ -105,44 +105,81 @@ def norms_of(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n"]:
     return norms
 
 
-def start_writing(
-    storage: Storage,
-    name: str,
-    text: Float[np.ndarray, "rows d_in"],
-    norms: Float[np.ndarray, "rows"],
-    n_batches: int,
-    chunk_rows: int,
-    seed: Any,
-) -> PendingShard:
-    """Mixes rows and begins to write them.
+class Filling:
+    """The rows of the next shard, each put to its place as it comes."""
+
+    def __init__(self, room: int, d_in: int, dtype: Any, seed: Any):
+        """An empty shard.
+
+        Args:
+            room: rows that it can hold.
+            d_in: width of the activations.
+            dtype: their type.
+            seed: of the mixing.
+        """
+        self.n_rows = 0
+        self.n_batches = 0
+        self._places = np.random.default_rng(seed).permutation(room).astype(np.int32)
+        self._rows = np.empty((room, d_in), dtype)
+        self._norms = np.empty(room, np.float32)
+        self._sum = np.zeros(d_in)
+
+    def has_room(self, n_rows: int) -> bool:
+        """Whether so many rows more fit.
+
+        Args:
+            n_rows: how many.
+        """
+        return self.n_rows + n_rows <= len(self._rows)
+
+    def add(self, rows: Float[np.ndarray, "n d_in"], norms: Float[np.ndarray, "n"]) -> None:
+        """Takes in a batch for which there is room.
+
+        Args:
+            rows: the batch; it may be changed afterwards.
+            norms: of its rows.
+        """
+        start, self.n_rows = self.n_rows, self.n_rows + len(rows)
+        self._rows[self._places[start : self.n_rows]] = rows
+        self._norms[start : self.n_rows] = norms
+        self._sum += rows.astype(np.float32, copy=False).sum(axis=0)
+        self.n_batches += 1
+
+    def content(self) -> tuple[Float[np.ndarray, "rows d_in"], Summary]:
+        """The rows as they are to lie, and what is known of them."""
+        places = self._places[: self.n_rows]
+        rows, positions = self._rows, places
+        if self.n_rows < len(self._rows):  # the last shard: the empty places are left out
+            order = np.argsort(places)
+            rows = np.take(rows, places[order], axis=0)
+            positions = np.empty(self.n_rows, np.int32)
+            positions[order] = np.arange(self.n_rows, dtype=np.int32)
+        mean = (self._sum / self.n_rows).astype(np.float32)
+        return rows, Summary(positions, self._norms[: self.n_rows], mean)
+
+
+def start_writing(storage: Storage, name: str, filling: Filling, chunk_rows: int) -> PendingShard:
+    """Begins to write a shard.
 
     Args:
         storage: where.
         name: of the shard; whatever is there under that name is replaced.
-        text: the rows in the order of the text; they may be changed once this returns.
-        norms: of all rows.
-        n_batches: how many batches they came in.
+        filling: its rows; not to be used any more.
         chunk_rows: rows a chunk, at most.
-        seed: of the mixing.
 
     Raises:
         OSError: if there is no room for it.
     """
-    n_rows, d_in = text.shape
-    storage.check_room(text.nbytes, f"the next shard, of {n_rows:,} activations,")
-    order = np.random.default_rng(seed).permutation(n_rows)
-    rows = np.take(text, order, axis=0)
-    positions = np.empty(n_rows, np.int32)
-    positions[order] = np.arange(n_rows, dtype=np.int32)
-    # By a product: several times faster than a sum over the first axis.
-    mean = (np.ones(n_rows, np.float32) @ rows.astype(np.float32, copy=False)) / n_rows
-    summary = safetensors.numpy.save({"positions": positions, "norms": norms, "mean": mean})
+    rows, known = filling.content()
+    n_rows, d_in = rows.shape
+    storage.check_room(rows.nbytes, f"the next shard, of {n_rows:,} activations,")
+    summary = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in vars(known).items()})
     shard = Shard(
         name=name,
         rows=n_rows,
-        batches=n_batches,
+        batches=filling.n_batches,
         chunk_rows=min(chunk_rows, n_rows),
-        square_sum=float(np.sum(np.square(norms, dtype=np.float64))),
+        square_sum=float(np.sum(np.square(known.norms, dtype=np.float64))),
         summary_sha256=hashlib.sha256(summary).hexdigest(),
     )
     try:
@@ -151,6 +188,7 @@ def start_writing(
         spec = _spec(storage, shard, d_in, rows.dtype.name)
         array = ts.open(spec, create=True, context=storage.context).result()
         commit = array.write(rows, can_reference_source_data_indefinitely=True).commit
+        commit.force()  # else it would begin when it is waited for
     except ValueError as error:
         failure = storage.failure(name, rows.nbytes, error)
         storage.delete(name)

@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -35,7 +36,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Bool, Float, Int
 
-from interp_jax.activations.shard import PendingShard, Shard, ShardArrays, norms_of, start_writing
+from interp_jax.activations.shard import Filling, PendingShard, Shard, ShardArrays, norms_of, start_writing
 from interp_jax.activations.storage import Storage
 
 __all__ = ["ActivationStore", "Statistics"]
@@ -188,7 +189,8 @@ class ActivationStore:
 
         Args:
             batches: `[n, d_in]` arrays.
-            shard_rows: rows after which a shard is closed, at the end of a batch; None is some 64 MB of them.
+            shard_rows: rows after which a shard is closed, at the end of a batch; None is some 64 MB of them. Batches
+                of unlike lengths make it shorter: one that does not fit begins the next.
             advance: told how many rows each batch had, once it is taken in.
 
         Raises:
@@ -221,20 +223,15 @@ class ActivationStore:
         chunk_rows = max(1, _CHUNK_BYTES // self._row_bytes)
         self.storage.tidy(_part_folder(self._parts[0]))
         self._write_manifest(finished=False)  # which also forgets what is damaged
-        text = np.empty((0, self.d_in), self._numpy_dtype)  # rows that are in no shard yet, and room for more
-        norms: list[np.ndarray] = []
-        n_rows = 0
+        filling: Filling | None = None
         pending: PendingShard | None = None
 
         def write() -> None:
-            nonlocal pending, n_rows
+            nonlocal pending, filling
             enter()
-            part, number = self._parts[0], len(self._shards)
-            name = f"{_part_folder(part)}/shard_{number:05d}"
-            found = text[:n_rows], np.concatenate(norms)
-            pending = start_writing(self.storage, name, *found, len(norms), chunk_rows, seed=(part, number))
-            norms.clear()
-            n_rows = 0
+            if filling is not None:
+                name = f"{_part_folder(self._parts[0])}/shard_{len(self._shards):05d}"
+                pending, filling = start_writing(self.storage, name, filling, chunk_rows), None
 
         def enter() -> None:
             nonlocal pending
@@ -243,33 +240,32 @@ class ActivationStore:
                 self._enter(before.result())
 
         def append(batch: Any) -> None:
-            nonlocal text, n_rows
-            number = self.n_batches + len(norms) + (pending.batches if pending is not None else 0)
+            nonlocal filling
+            number = self.n_batches + sum(one.n_batches for one in (pending, filling) if one is not None)
             rows = np.asarray(batch)
             if rows.ndim != 2 or rows.shape[1] != self.d_in or len(rows) == 0:
                 raise ValueError(f"batch {number} has shape {rows.shape}; expected [n, {self.d_in}], not empty.")
-            if n_rows + len(rows) > len(text):
-                larger = np.empty((shard_rows + len(rows), self.d_in), self._numpy_dtype)
-                larger[:n_rows] = text[:n_rows]
-                text = larger
-            taken = text[n_rows : n_rows + len(rows)]
             with np.errstate(over="ignore"):
-                np.copyto(taken, rows, casting="unsafe")
-            found = norms_of(taken)
-            if not np.isfinite(found).all():
+                rows = rows.astype(self._numpy_dtype, copy=False)
+            norms = norms_of(rows)
+            if not np.isfinite(norms).all():
                 raise ValueError(
                     f"batch {number} holds NaN, infinity, or numbers too large for {self.dtype}. If the "
                     "model's output is in order, use bfloat16 or float32."
                 )
-            norms.append(found)
-            n_rows += len(rows)
-            if n_rows >= shard_rows:
+            if filling is not None and not filling.has_room(len(rows)):
+                write()
+            if filling is None:
+                room = -(-shard_rows // len(rows)) * len(rows)  # for batches of one length it will be full
+                seed = (self._parts[0], len(self._shards) + (pending is not None))
+                filling = Filling(room, self.d_in, self._numpy_dtype, seed)
+            filling.add(rows, norms)
+            if not filling.has_room(1):
                 write()
 
         try:
             yield append
-            if norms:
-                write()
+            write()
         finally:
             enter()
 
@@ -366,27 +362,35 @@ class ActivationStore:
             ends = np.cumsum(counts[chunks])
             return chunks, np.append(ends[held - 1 : -1 : held], ends[-1])
 
-        @functools.lru_cache(maxsize=2)
-        def mixed(epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-            """The rows of the chunks that are held together, and their order."""
-            chunks = order(epoch)[0][number * held : (number + 1) * held]
-            rows = self._read_chunks(chunks, starts, sizes)
-            which = np.arange(len(rows))
-            if kept is not None:
-                which = which[np.concatenate([kept[starts[c] : starts[c] + sizes[c]] for c in chunks])]
-            return rows, np.random.default_rng((seed, epoch, number + 1)).permutation(which)
+        mixed: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        """The rows of the chunks that are held together, and their order: of this batch, and of the one before."""
+        one_at_a_time = threading.Lock()
+
+        def hold(epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+            if (epoch, number) not in mixed:
+                # Memory is used again: new pages would cost as much time as reading does.
+                room = mixed.pop(next(iter(mixed)))[0] if len(mixed) == 2 else None
+                if room is None:
+                    room = np.empty((min(held, len(counts)) * int(sizes.max()), self.d_in), self._numpy_dtype)
+                chunks = order(epoch)[0][number * held : (number + 1) * held]
+                n_rows = self._read_chunks(chunks, starts, sizes, room)
+                which = np.arange(n_rows)
+                if kept is not None:
+                    which = which[np.concatenate([kept[starts[c] : starts[c] + sizes[c]] for c in chunks])]
+                mixed[epoch, number] = room, np.random.default_rng((seed, epoch, number + 1)).permutation(which)
+            return mixed[epoch, number]
 
         def batch(step: int) -> Float[np.ndarray, "batch d_in"]:
             epoch, number = divmod(step, per_epoch)
             start, stop = number * batch_size, (number + 1) * batch_size
-            ends = order(epoch)[1]
             parts = []
-            for one in range(
-                int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop - 1, "right")) + 1
-            ):
-                before = int(ends[one - 1]) if one else 0
-                rows, which = mixed(epoch, one)
-                parts.append(np.take(rows, which[max(start - before, 0) : stop - before], axis=0))
+            with one_at_a_time:
+                ends = order(epoch)[1]
+                first, last = (int(np.searchsorted(ends, row, "right")) for row in (start, stop - 1))
+                for one in range(first, last + 1):
+                    before = int(ends[one - 1]) if one else 0
+                    rows, which = hold(epoch, one)
+                    parts.append(np.take(rows, which[max(start - before, 0) : stop - before], axis=0))
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
         return batch
@@ -418,12 +422,15 @@ class ActivationStore:
         return lying
 
     def _read_chunks(
-        self, chunks: Int[np.ndarray, "n"], starts: Int[np.ndarray, "chunks"], sizes: Int[np.ndarray, "chunks"]
-    ) -> Float[np.ndarray, "rows d_in"]:
-        """Some chunks, one after another, read side by side straight to their place."""
+        self,
+        chunks: Int[np.ndarray, "n"],
+        starts: Int[np.ndarray, "chunks"],
+        sizes: Int[np.ndarray, "chunks"],
+        room: Float[np.ndarray, "room d_in"],
+    ) -> int:
+        """Reads some chunks straight to their place in `room`, one after another, and says how many rows they are."""
         ends = np.cumsum(sizes[chunks])
-        rows = np.empty((int(ends[-1]), self.d_in), self._numpy_dtype)
-        target = ts.array(rows, copy=False, write=True)
+        target = ts.array(room, copy=False, write=True)
         reads = []
         for chunk, stop in zip(chunks, map(int, ends), strict=True):
             number = int(np.searchsorted(self._starts, starts[chunk], "right")) - 1
@@ -435,7 +442,7 @@ class ActivationStore:
                 read.result()
             except ValueError as error:
                 raise self._shards[number].damaged(str(error)) from None
-        return rows
+        return int(ends[-1])
 
     def _enter(self, shard: Shard) -> None:
         self._shards.append(self._arrays(shard))
