@@ -382,27 +382,6 @@ def _score(method: str, evaluation: Evaluation, losses: dict[str, float], which:
         f"{score.loss_mean_ablated:.3f}), recovered {score.loss_recovered_zero:.1%} of the zero ablation, "
         f"{score.loss_recovered_mean:.1%} of the mean ablation."
     )
-    return scores, evaluation.density
-
-
-def _score(method: str, evaluation: Evaluation, losses: dict[str, float], which: str) -> DictionaryScore:
-    score = DictionaryScore(
-        method=method,
-        l0=evaluation.l0,
-        fvu=evaluation.fvu,
-        dead_share=evaluation.dead_share,
-        loss_clean=losses["clean"],
-        loss_spliced=losses[which],
-        loss_zero_ablated=losses["zero"],
-        loss_mean_ablated=losses["mean"],
-        loss_recovered_zero=loss_recovered(losses["clean"], losses[which], losses["zero"]),
-        loss_recovered_mean=loss_recovered(losses["clean"], losses[which], losses["mean"]),
-    )
-    _say(
-        f"{method}: L0 {score.l0:.1f}, FVU {score.fvu:.3f}, loss {score.loss_spliced:.3f} "
-        f"(clean {score.loss_clean:.3f}, zero-ablated {score.loss_zero_ablated:.3f}, mean-ablated {score.loss_mean_ablated:.3f}), recovered "
-        f"{score.loss_recovered_zero:.1%} of the zero ablation, {score.loss_recovered_mean:.1%} of the mean ablation."
-    )
     return score
 
 
