@@ -10,7 +10,6 @@ copy beside it from the cache. The last two rows have a copy that is neither syn
 
 import argparse
 import functools
-import itertools
 import os
 import pathlib
 import shutil
@@ -50,10 +49,10 @@ def store_rows(folder: pathlib.Path, sizes: argparse.Namespace) -> list[Row]:
         for start in range(0, len(activations), PER_BATCH):
             yield activations[start : start + PER_BATCH]
 
-    numbers = itertools.count()
-
     def write() -> None:
-        ActivationStore(folder / f"written_{next(numbers)}", d_in=sizes.d_in).extend(batches())
+        # As the copy writes over its file. Where files pile up, the system takes its time to find pages for them.
+        shutil.rmtree(folder / "written", ignore_errors=True)
+        ActivationStore(folder / "written", d_in=sizes.d_in).extend(batches())
 
     ActivationStore(folder / "store", d_in=sizes.d_in).extend(batches())
     n_steps = len(activations) // sizes.batch
@@ -72,9 +71,6 @@ def store_rows(folder: pathlib.Path, sizes: argparse.Namespace) -> list[Row]:
 
     copy = functools.partial(shutil.copyfile, source, copied)
     written, copied_s = seconds([write, functools.partial(synced, copy, copied)], sizes.rounds)
-    for path in folder.glob("written_*"):
-        shutil.rmtree(path)
-    os.sync()
     cold = [
         functools.partial(from_disk, read_shuffled, folder / "store"),
         functools.partial(from_disk, read_rows, folder / "store"),

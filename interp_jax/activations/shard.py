@@ -13,6 +13,7 @@ SHA-256, and the rows must have the norms that the summary says, so that a whole
 for this one.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -89,6 +90,12 @@ class PendingShard:
             self._storage.delete(self._shard.name)
             raise failure from None
         return self._shard
+
+    def drop(self) -> None:
+        """Waits until the shard is written, or is not, and deletes it."""
+        with contextlib.suppress(ValueError):
+            self._commit.result()
+        self._storage.delete(self._shard.name)
 
 
 def norms_of(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n"]:

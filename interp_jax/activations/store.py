@@ -8,19 +8,20 @@
 talk to each other. `ActivationStore.open` reads all parts as one.
 
 **Whole or not there.** A shard enters its part's manifest when it is on the disk, and a manifest is replaced in one
-go. So whatever a manifest names was whole when it was written, and a killed writer loses at most two shards: the one
-that is being computed, and the one before it, which is written meanwhile. On opening a store is read through; a shard
+go. So whatever a manifest names was whole when it was written, and a killed writer loses at most three shards: the one
+that is being computed, and two before it, which are written meanwhile. On opening a store is read through; a shard
 that was cut short or altered since is named in a warning, and it and those after it in its part are left out, so that
 writing goes on from there. Whatever is read later is checked again, chunk by chunk.
 
 **Read shuffled.** `shuffled` maps a step to a batch: every row once an epoch, in an order that a resumed run finds
 again from the step alone. Chunks are taken in random order, some hundred at a time are held in memory, and batches are
-drawn from among them. Rows lie mixed within a shard, so a batch holds about as many pairs of tokens of one prompt as
+drawn from among them. Rows lie mixed within a shard, so a batch holds little more pairs of tokens of one prompt than
 one drawn from all rows would. The store may be larger than memory.
 
 Hazard: two processes must not write the same part at once.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -46,7 +47,11 @@ _FORMAT = 2
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _CHUNK_BYTES = 1 << 19
 """What is read at a time: a request to a bucket is worth its while, and the rows are from many prompts all the same."""
-_SHARD_BYTES = 1 << 26
+_SHARD_BYTES = 1 << 24
+_SHARD_ROWS = 1 << 13
+"""Rows a shard at least: they lie mixed, and shall be of many prompts."""
+_WRITTEN_AT_ONCE = 2
+"""Shards: one reaches the disk while the next is encoded."""
 _HELD_BYTES = 1 << 27
 """Chunks held in memory at a time while reading shuffled."""
 
@@ -189,8 +194,8 @@ class ActivationStore:
 
         Args:
             batches: `[n, d_in]` arrays.
-            shard_rows: rows after which a shard is closed, at the end of a batch; None is some 64 MB of them. Batches
-                of unlike lengths make it shorter: one that does not fit begins the next.
+            shard_rows: rows after which a shard is closed, at the end of a batch; None is some 16 MB of them, at least
+                8192. Batches of unlike lengths make it shorter: one that does not fit begins the next.
             advance: told how many rows each batch had, once it is taken in.
 
         Raises:
@@ -219,29 +224,35 @@ class ActivationStore:
                 "ActivationStore(..., part=(number, count))."
             )
         if shard_rows is None:
-            shard_rows = max(1, _SHARD_BYTES // self._row_bytes)
+            shard_rows = max(_SHARD_ROWS, _SHARD_BYTES // self._row_bytes)
         chunk_rows = max(1, _CHUNK_BYTES // self._row_bytes)
         self.storage.tidy(_part_folder(self._parts[0]))
         self._write_manifest(finished=False)  # which also forgets what is damaged
         filling: Filling | None = None
-        pending: PendingShard | None = None
+        pending: collections.deque[PendingShard] = collections.deque()
 
         def write() -> None:
-            nonlocal pending, filling
-            enter()
+            nonlocal filling
+            enter(_WRITTEN_AT_ONCE - 1)
             if filling is not None:
-                name = f"{_part_folder(self._parts[0])}/shard_{len(self._shards):05d}"
-                pending, filling = start_writing(self.storage, name, filling, chunk_rows), None
+                name = f"{_part_folder(self._parts[0])}/shard_{len(self._shards) + len(pending):05d}"
+                full, filling = filling, None
+                pending.append(start_writing(self.storage, name, full, chunk_rows))
 
-        def enter() -> None:
-            nonlocal pending
-            if pending is not None:
-                before, pending = pending, None
-                self._enter(before.result())
+        def enter(left: int) -> None:
+            while len(pending) > left:
+                try:
+                    shard = pending.popleft().result()
+                except BaseException:
+                    while pending:  # what comes after a gap is of no use
+                        pending.pop().drop()
+                    raise
+                self._enter(shard)
 
         def append(batch: Any) -> None:
             nonlocal filling
-            number = self.n_batches + sum(one.n_batches for one in (pending, filling) if one is not None)
+            number = self.n_batches + sum(one.n_batches for one in pending)
+            number += 0 if filling is None else filling.n_batches
             rows = np.asarray(batch)
             if rows.ndim != 2 or rows.shape[1] != self.d_in or len(rows) == 0:
                 raise ValueError(f"batch {number} has shape {rows.shape}; expected [n, {self.d_in}], not empty.")
@@ -257,7 +268,7 @@ class ActivationStore:
                 write()
             if filling is None:
                 room = -(-shard_rows // len(rows)) * len(rows)  # for batches of one length it will be full
-                seed = (self._parts[0], len(self._shards) + (pending is not None))
+                seed = (self._parts[0], len(self._shards) + len(pending))
                 filling = Filling(room, self.d_in, self._numpy_dtype, seed)
             filling.add(rows, norms)
             if not filling.has_room(1):
@@ -267,7 +278,7 @@ class ActivationStore:
             yield append
             write()
         finally:
-            enter()
+            enter(0)
 
     def finish(self) -> None:
         """Says that the part is finished, for those who open a store of several parts.
