@@ -5,7 +5,8 @@
 A copy is `shutil.copyfile` of the same number of bytes within the same folder. Everything that is written is synced to
 the disk, by the copy as by the store. For the rows that are about reading, everything that is read was dropped from the
 system's cache before; a store that is written comes from memory, in batches of 8 x 127 as a model gives them, and the
-copy beside it from the cache. The last two rows have a copy that is neither synced nor read from the disk.
+copy beside it from the cache. Two rows have a copy that is neither synced nor read from the disk. The last row is the
+share of its time that a training waits for batches from the store.
 """
 
 import argparse
@@ -14,15 +15,19 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
 import numpy as np
 
 from benchmarks.instrument.rows import Row, report, seconds
+from interp_jax.activations.prefetch import prefetched
 from interp_jax.activations.store import ActivationStore
+from interp_jax.sae import TrainConfig, train
 
 GOAL = 1 / 0.6
 PER_BATCH = 8 * 127
+D_SAE, STEPS = 4096, 20
 
 
 def main() -> None:
@@ -78,13 +83,32 @@ def store_rows(folder: pathlib.Path, sizes: argparse.Namespace) -> list[Row]:
     ]
     shuffled, through, cold_copy = seconds(cold, sizes.rounds)
     hot_shuffled, hot_copy = seconds([read_shuffled, copy], sizes.rounds)
+    waited, trained = waiting(ActivationStore.open(folder / "store", verify=False), sizes)
     return [
         Row("the store written / copied, synced", "s", written, copied_s, GOAL),
         Row("the store read shuffled / copied, from the disk, the copy synced", "s", shuffled, cold_copy, GOAL),
         Row("the store opened and verified / copied, from the disk, the copy synced", "s", through, cold_copy),
         Row("the store written, synced / copied within the cache, not synced", "s", written, hot_copy),
         Row("the store read shuffled / copied, all within the cache, not synced", "s", hot_shuffled, hot_copy, GOAL),
+        Row(f"waiting for data / training, topk, d_sae {D_SAE}, prefetched", "s", waited, trained, 0.05),
     ]
+
+
+def waiting(store: ActivationStore, sizes: argparse.Namespace) -> tuple[float, float]:
+    """Seconds that a training waited for its batches, and that it took, both after its first step, which compiles."""
+    config = TrainConfig(sizes.d_in, D_SAE, "topk", k=32, n_steps=STEPS, warmup_steps=1, log_every=STEPS)
+    at_first: list[float] = []
+
+    with prefetched(store.shuffled(sizes.batch)) as batches:
+        train(
+            config,
+            batches,
+            on_step=lambda number, metrics: (
+                at_first.extend((time.perf_counter(), batches.waited_s)) if number == 1 else None
+            ),
+        )
+        end = time.perf_counter()
+        return batches.waited_s - at_first[1], end - at_first[0]
 
 
 def synced(write: object, path: pathlib.Path) -> None:

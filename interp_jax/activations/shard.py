@@ -13,7 +13,7 @@ SHA-256, and the rows must have the norms that the summary says, so that a whole
 for this one.
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
 import errno
 import hashlib
@@ -62,20 +62,19 @@ class Summary:
 class PendingShard:
     """A shard that is being written while the next one is computed."""
 
-    def __init__(self, storage: Storage, shard: Shard, n_bytes: int, commit: Any):
-        """A shard whose writing has begun.
+    def __init__(self, storage: Storage, shard: Shard, rows: np.ndarray, summary: bytes):
+        """Begins to write a shard, in a thread: every sync takes the disk some time.
 
         Args:
             storage: where.
             shard: what the manifest is to say of it.
-            n_bytes: its size.
-            commit: TensorStore's future.
+            rows: its rows as they are to lie.
+            summary: its summary.
         """
         self.n_batches = shard.batches
         self._storage = storage
         self._shard = shard
-        self._n_bytes = n_bytes
-        self._commit = commit
+        self._written = _THREADS.submit(self._write, rows, summary)
 
     def result(self) -> Shard:
         """Waits until the shard is on the disk.
@@ -83,19 +82,29 @@ class PendingShard:
         Raises:
             OSError: if it could not be written. Nothing of it is left then.
         """
-        try:
-            self._commit.result()
-        except ValueError as error:
-            failure = self._storage.failure(self._shard.name, self._n_bytes, error)
-            self._storage.delete(self._shard.name)
-            raise failure from None
+        self._written.result()
         return self._shard
 
     def drop(self) -> None:
         """Waits until the shard is written, or is not, and deletes it."""
-        with contextlib.suppress(ValueError):
-            self._commit.result()
+        concurrent.futures.wait([self._written])
         self._storage.delete(self._shard.name)
+
+    def _write(self, rows: np.ndarray, summary: bytes) -> None:
+        name = self._shard.name
+        try:
+            self._storage.delete(name)
+            self._storage.write(f"{name}/summary.safetensors", summary)
+            spec = _spec(self._storage, self._shard, rows.shape[1], rows.dtype.name)
+            array = ts.open(spec, create=True, context=self._storage.context).result()
+            array.write(rows, can_reference_source_data_indefinitely=True).result()
+        except (ValueError, OSError) as error:
+            failure = error if isinstance(error, OSError) else self._storage.failure(name, rows.nbytes, error)
+            self._storage.delete(name)
+            raise failure from None
+
+
+_THREADS = concurrent.futures.ThreadPoolExecutor(2, "interp_jax-shards")
 
 
 def norms_of(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n"]:
@@ -178,7 +187,7 @@ def start_writing(storage: Storage, name: str, filling: Filling, chunk_rows: int
         OSError: if there is no room for it.
     """
     rows, known = filling.content()
-    n_rows, d_in = rows.shape
+    n_rows = len(rows)
     storage.check_room(rows.nbytes, f"the next shard, of {n_rows:,} activations,")
     summary = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in vars(known).items()})
     shard = Shard(
@@ -189,18 +198,7 @@ def start_writing(storage: Storage, name: str, filling: Filling, chunk_rows: int
         square_sum=float(np.sum(np.square(known.norms, dtype=np.float64))),
         summary_sha256=hashlib.sha256(summary).hexdigest(),
     )
-    try:
-        storage.delete(name)
-        storage.write(f"{name}/summary.safetensors", summary)
-        spec = _spec(storage, shard, d_in, rows.dtype.name)
-        array = ts.open(spec, create=True, context=storage.context).result()
-        commit = array.write(rows, can_reference_source_data_indefinitely=True).commit
-        commit.force()  # else it would begin when it is waited for
-    except ValueError as error:
-        failure = storage.failure(name, rows.nbytes, error)
-        storage.delete(name)
-        raise failure from None
-    return PendingShard(storage, shard, rows.nbytes, commit)
+    return PendingShard(storage, shard, rows, summary)
 
 
 class ShardArrays:

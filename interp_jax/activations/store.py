@@ -47,9 +47,7 @@ _FORMAT = 2
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _CHUNK_BYTES = 1 << 19
 """What is read at a time: a request to a bucket is worth its while, and the rows are from many prompts all the same."""
-_SHARD_BYTES = 1 << 24
-_SHARD_ROWS = 1 << 13
-"""Rows a shard at least: they lie mixed, and shall be of many prompts."""
+_SHARD_BYTES = 1 << 26
 _WRITTEN_AT_ONCE = 2
 """Shards: one reaches the disk while the next is encoded."""
 _HELD_BYTES = 1 << 27
@@ -194,8 +192,8 @@ class ActivationStore:
 
         Args:
             batches: `[n, d_in]` arrays.
-            shard_rows: rows after which a shard is closed, at the end of a batch; None is some 16 MB of them, at least
-                8192. Batches of unlike lengths make it shorter: one that does not fit begins the next.
+            shard_rows: rows after which a shard is closed, at the end of a batch; None is some 64 MB of them. Batches
+                of unlike lengths make it shorter: one that does not fit begins the next.
             advance: told how many rows each batch had, once it is taken in.
 
         Raises:
@@ -224,7 +222,7 @@ class ActivationStore:
                 "ActivationStore(..., part=(number, count))."
             )
         if shard_rows is None:
-            shard_rows = max(_SHARD_ROWS, _SHARD_BYTES // self._row_bytes)
+            shard_rows = max(1, _SHARD_BYTES // self._row_bytes)
         chunk_rows = max(1, _CHUNK_BYTES // self._row_bytes)
         self.storage.tidy(_part_folder(self._parts[0]))
         self._write_manifest(finished=False)  # which also forgets what is damaged

@@ -26,8 +26,7 @@ from interp_jax.progress import advancing, note
 __all__ = ["site_folder", "store_activations", "store_sites"]
 
 _FLOAT32 = 4
-_SHARD_BYTES = 1 << 24
-_SHARD_ROWS = 1 << 13
+_SHARD_BYTES = 1 << 26
 
 
 def store_activations(
@@ -154,8 +153,7 @@ def _stored(
             left = (n_batches - store.n_batches) * per_batch * widths[site] * _FLOAT32
             store.storage.check_room(left, f"{(n_batches - store.n_batches) * per_batch:,} activations still to come")
         # All stores close their shards at the same batches, so that none is far ahead of another after a kill.
-        rows_of_16_mb = max(_SHARD_ROWS, _SHARD_BYTES // (max(widths.values()) * _FLOAT32))
-        shard_batches = -(-rows_of_16_mb // per_batch)
+        shard_batches = max(1, _SHARD_BYTES // (per_batch * max(widths.values()) * _FLOAT32))
         batches = rows.reshape(n_all, batch_rows, context)[first + done : last]
         stream = stream_sites(model.forward, model.params, batches, sites=list(places), skip_first=1)
         what = " and ".join(f"{name} of layer {layer}" if layer is not None else name for layer, name in places)

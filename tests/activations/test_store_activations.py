@@ -66,7 +66,6 @@ def test_several_sites_are_stored_from_one_pass(model, rows, expected, tmp_path,
 
 def test_stores_that_stopped_apart_go_on_together(model, rows, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_SHARD_BYTES", 1)  # a shard a batch
-    monkeypatch.setattr(module, "_SHARD_ROWS", 1)
     stores = store_sites(model, rows, tmp_path, sites=SITES, batch_rows=4)
     shutil.rmtree(tmp_path / "mlp_act.1" / "part_00000" / "shard_00001")
     shutil.rmtree(tmp_path / "embed" / "part_00000" / "shard_00002")
