@@ -14,18 +14,20 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from interp_jax.activations.splice import mean_loss
+from interp_jax.activations.splice import splice
 from interp_jax.activations.stream import stream_activations
 from interp_jax.activations.train_and_held_out import documents_of, train_and_held_out
 from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.loss import next_token_losses
 from interp_jax.progress import advancing, working
 from interp_jax.pursuit import PursuitEncoder, TopKEncoder, gradient_pursuit, orthogonal_matching_pursuit
 from interp_jax.report.frontier import CodingPoint, frontier_figure, scatter_figure
@@ -91,7 +93,7 @@ def run(
         n_held_out=n_held_out,
         batch_rows=_ROWS,
     )
-    activations, keep_above = _activations(model, rows, site, layer)
+    values, activations, keep_above = _activations(model, rows, site, layer)
     wrong = [f"{name} ({sae.d_in})" for name, sae in saes.items() if sae.d_in != activations[0].shape[1]]
     if wrong:
         raise ValueError(
@@ -103,13 +105,12 @@ def run(
     random = ReLUSAE.random(largest.d_in, largest.d_sae, key=jax.random.key(0)).replace(b_dec=jnp.asarray(mean))
 
     ways = [*_ways(saes, random, l0s)]
-    measure = functools.partial(mean_loss, model, rows, site=site, layer=layer, keep_above=keep_above, batch_size=_ROWS)
     points = []
     with advancing("Splicing on held-out text", (len(ways) + 2) * rows.size) as advance:
-        clean = measure(advance=advance)
-        zero = measure(jnp.zeros_like, advance=advance)
+        measure = functools.partial(_mean_loss, model, rows, values, _spliced(model, site, layer, keep_above), advance)
+        clean, zero = measure(lambda value: value), measure(jnp.zeros_like)
         for dictionary, way, coder in ways:
-            loss = measure(_replace, coder, advance=advance)
+            loss = measure(functools.partial(_reconstruct, coder))
             found = evaluate(coder, activations)
             points.append(CodingPoint(dictionary, way, found.l0, found.fvu, loss, loss_recovered(clean, loss, zero)))
     _tell(points, clean, zero)
@@ -139,23 +140,55 @@ def _ways(
         yield "random directions", "gradient pursuit", PursuitEncoder(random, k)
 
 
-def _replace(value: Float[Array, "batch seq d_in"], coder: Autoencoder) -> Float[Array, "batch seq d_in"]:
+@jax.jit
+def _reconstruct(coder: Autoencoder, value: Float[Array, "batch seq d_in"]) -> Float[Array, "batch seq d_in"]:
     return coder(value)
+
+
+def _spliced(
+    model: LanguageModel, site: str, layer: int, keep_above: float
+) -> Callable[[Any, Array, Array], Float[Array, ""]]:
+    """The loss with what is given in the activation's place: one compiled program for all ways of coding."""
+    spliced = splice(model.forward, lambda _, replacement: replacement, site=site, layer=layer, keep_above=keep_above)
+
+    def loss(params: Any, tokens: Array, replacement: Array) -> Float[Array, ""]:
+        return next_token_losses(spliced(params, tokens, replacement), tokens)[:, 1:].mean()
+
+    return jax.jit(loss)
+
+
+def _mean_loss(
+    model: LanguageModel,
+    rows: Int[np.ndarray, "rows context"],
+    values: list[Float[np.ndarray, "batch context d_in"]],
+    loss: Callable[[Any, Array, Array], Float[Array, ""]],
+    advance: Callable[[int], None],
+    replace: Callable[[Array], Array],
+) -> float:
+    found = []
+    for tokens, value in zip(rows.reshape(len(values), -1, rows.shape[1]), values, strict=True):
+        found.append(float(loss(model.params, jnp.asarray(tokens), replace(jnp.asarray(value)))))
+        advance(tokens.size)
+    return float(np.mean(found))
 
 
 def _activations(
     model: LanguageModel, rows: Int[np.ndarray, "rows context"], site: str, layer: int
-) -> tuple[list[Float[np.ndarray, "n d_in"]], float]:
-    """The activations that are no sinks, and the norm above which one is a sink."""
+) -> tuple[list[Float[np.ndarray, "batch context d_in"]], list[Float[np.ndarray, "n d_in"]], float]:
+    """All activations, batch by batch; those that are no sinks; and the norm above which one is a sink."""
     batches = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
-    found = []
+    values = []
     with advancing("Streaming activations", rows.size) as advance:
-        for batch in stream_activations(model.forward, model.params, batches, site=site, layer=layer, skip_first=1):
-            found.append(np.asarray(batch, np.float32))
+        for batch in stream_activations(model.forward, model.params, batches, site=site, layer=layer):
+            values.append(np.asarray(batch, np.float32).reshape(_ROWS, rows.shape[1], -1))
             advance(_ROWS * rows.shape[1])
-    norms = np.concatenate([np.linalg.norm(batch, axis=1) for batch in found])
+    every = np.concatenate([value[:, 1:].reshape(-1, value.shape[2]) for value in values])
+    norms = np.linalg.norm(every, axis=1)
     keep_above = _SINK * float(np.median(norms))
-    return [batch[np.linalg.norm(batch, axis=1) <= keep_above] for batch in found], keep_above
+    every = every[norms <= keep_above]
+    # In parts of one size, so that nothing is compiled for each: a few rows at the end are left out.
+    size = len(every) // len(values)
+    return values, list(every[: size * len(values)].reshape(len(values), size, -1)), keep_above
 
 
 def _scatter(

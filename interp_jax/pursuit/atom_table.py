@@ -55,8 +55,8 @@ class AtomTable(NamedTuple):
         products = jnp.einsum(
             "bd,nd->bn", residual.astype(self.atoms.dtype), self.atoms, preferred_element_type=residual.dtype
         )
-        products = products * self.inverse_norms.astype(residual.dtype)
-        score, atom = _first_maximum(jnp.abs(products) if is_signed else products)
+        products = jnp.abs(products) if is_signed else products
+        score, atom = _first_maximum(products, self.inverse_norms.astype(residual.dtype))
         if self.axis is None:
             return score, atom
         scores = jax.lax.all_gather(score, self.axis)
@@ -86,12 +86,20 @@ class AtomTable(NamedTuple):
         return jax.lax.axis_index(self.axis) * len(self.atoms)
 
 
-def _first_maximum(scores: Float[Array, "batch n"]) -> tuple[Float[Array, "batch"], Int[Array, "batch"]]:
-    """The greatest score of each row and its first position, by way of blocks; NaN where the row holds one."""
-    if scores.shape[1] % BLOCK:
-        scores = jnp.pad(scores, ((0, 0), (0, -scores.shape[1] % BLOCK)), constant_values=-jnp.inf)
-    blocks = scores.reshape(scores.shape[0], scores.shape[1] // BLOCK, BLOCK)
-    maxima = jnp.max(blocks, axis=2)
+def _first_maximum(
+    products: Float[Array, "batch n"], factors: Float[Array, "n"]
+) -> tuple[Float[Array, "batch"], Int[Array, "batch"]]:
+    """The greatest of each row's `products * factors` and its first position; NaN where the row holds one.
+
+    Only the products are ever as large as they are: scaled ones are seen by the maximum of their block, and once more,
+    in the best block.
+    """
+    padding = -len(factors) % BLOCK
+    if padding:
+        # Zeros correlate with nothing, and what correlates with nothing is never picked.
+        products, factors = jnp.pad(products, ((0, 0), (0, padding))), jnp.pad(factors, (0, padding))
+    blocks, factors = products.reshape(len(products), -1, BLOCK), factors.reshape(-1, BLOCK)
+    maxima = jnp.max(blocks * factors, axis=2)
     which = jnp.argmax(maxima, axis=1)
-    block = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
+    block = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0] * factors[which]
     return jnp.max(maxima, axis=1), which * BLOCK + jnp.argmax(block, axis=1)

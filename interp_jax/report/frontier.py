@@ -56,7 +56,7 @@ def frontier_figure(points: Sequence[CodingPoint]) -> bytes:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("L0: latents a token")
-        axes.set_ylabel("share of the loss recovered (1: as the clean model, 0: zero-ablated)")
+        axes.set_ylabel("loss recovered (1: clean, 0: zero-ablated)")
         axes.legend(fontsize=8)
         return _png(figure)
 

@@ -1,0 +1,67 @@
+"""`interp-jax pursue` on the tiny model: its numbers against those of evaluation and splicing, called by hand."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import interp_jax as ij
+from interp_jax import cli, pursue_command
+from interp_jax.activations.splice_losses import splice_losses
+from interp_jax.activations.train_and_held_out import documents_of, train_and_held_out
+from interp_jax.sae import ReLUSAE, load_sae, save_sae
+
+
+@pytest.fixture
+def folder(tmp_path):
+    sae = ReLUSAE.random(128, 96, key=jax.random.key(0)).replace(b_enc=jnp.full(96, -0.5))
+    save_sae(sae, tmp_path / "sae", layout="saelens", model_name="tiny", hook_name="resid_post.2")
+    return tmp_path / "sae"
+
+
+@pytest.mark.slow
+@pytest.mark.caches
+def test_the_numbers_are_those_of_evaluation_and_splicing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [*f"interp-jax pursue {folder} --model tiny --n-held-out 1024".split(),
+                                     *f"--context 64 --l0 2 6 --layer 2 --out {tmp_path / 'out'}".split()])  # fmt: skip
+    cli.main()
+    found = json.loads((tmp_path / "out" / "pursue.json").read_text())
+    ways = [(point["dictionary"], point["way"]) for point in found["points"]]
+    assert len(ways) == 1 + 2 * 3 + 2
+    own, largest, gradient, orthogonal = found["points"][:4]
+
+    model = ij.load("tiny")
+    _, rows = train_and_held_out(
+        "wikipedia", documents_of("wikipedia"), model, context=64, n_tokens=None, n_held_out=1024, batch_rows=8
+    )
+    by_hand = splice_losses(model, rows, load_sae(folder), site="resid_post", layer=2, batch_size=8)
+    assert found["loss_clean"] == pytest.approx(by_hand.clean, abs=1e-4)
+    assert found["loss_zero_ablated"] == pytest.approx(by_hand.zero_ablated, abs=1e-3)
+    assert own["loss"] == pytest.approx(by_hand.spliced, abs=1e-3)
+    # At the same sparsity a code that is searched for leaves no more than the encoder's largest.
+    assert orthogonal["fvu"] <= gradient["fvu"] * 1.001 <= largest["fvu"]
+    assert gradient["l0"] <= 2
+    for name in ("pareto.png", "scatter.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    assert "recovered" in capsys.readouterr().out
+
+
+def test_what_cannot_be_pursued_is_told_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pursue_command, "load", lambda name: pytest.fail("the model was loaded"))
+    options = {
+        "layer": None,
+        "site": "resid_post",
+        "text": "wikipedia",
+        "n_held_out": 64,
+        "context": 32,
+        "out": tmp_path,
+    }
+    with pytest.raises(ValueError, match="has 96 latents, fewer than the l0 of 97"):
+        pursue_command.run([folder], model_name="tiny", l0s=(4, 97), **options)
+    transcoder = ReLUSAE.random(128, 96, key=jax.random.key(0), d_out=32)
+    save_sae(transcoder, tmp_path / "transcoder", layout="saelens", model_name="tiny", hook_name="mlp")
+    with pytest.raises(ValueError, match="Pursue its targets"):
+        pursue_command.run([tmp_path / "transcoder"], model_name="tiny", l0s=(4,), **options)
+    assert not np.any([path.suffix == ".png" for path in tmp_path.iterdir()])
