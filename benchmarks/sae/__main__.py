@@ -28,8 +28,10 @@ from benchmarks.peer_process import PeerProcess
 from interp_jax.sae import TrainConfig
 from interp_jax.sae.step import initial_state, step
 from interp_jax.sae.superposition import random_directions, superposed
+from interp_jax.sae.sweep import initial_states, stacked_knobs, step_all
 
 PEAK = 4096
+SWEEP = 8
 NEVER = 2**29
 """Rows after which a latent is dead, where none shall be."""
 AT_MOST = {"relu": 1 / 2.2, "topk": 1 / 4, "gated": 1 / 3, "batch_topk": 1 / 2, "jumprelu": 1 / 2, "matryoshka": None}
@@ -67,12 +69,46 @@ def stepper(
     return run
 
 
+def sweep_rows(sizes: argparse.Namespace, batch: jax.Array) -> list[Row]:
+    """A step of eight runs in one program beside eight steps of one."""
+    configs = [TrainConfig(sizes.d_in, sizes.d_sae // 4, "relu", seed=seed, dead_after=NEVER) for seed in range(SWEEP)]
+    single = stepper(configs[0], batch)
+    runs: list[Callable[[], Any]] = [lambda: [single() for _ in range(SWEEP)][-1]]
+    ways: tuple[Any, ...] = ("map", "vmap")
+    runs += [sweep_stepper(configs, batch, how) for how in ways]
+    alone, *together = seconds(runs, sizes.rounds)
+    return [
+        Row(
+            f"a step of {SWEEP} relu runs, d_sae {sizes.d_sae // 4}, how={how} / {SWEEP} steps of one",
+            "s",
+            time,
+            alone,
+            1.05,
+        )
+        for how, time in zip(ways, together, strict=True)
+    ]
+
+
+def sweep_stepper(configs: list[TrainConfig], batch: jax.Array, how: Any) -> Callable[[], Any]:
+    """A step of all runs to be timed, again and again."""
+    states = jax.jit(functools.partial(initial_states, configs[0], stacked_knobs(configs)))(batch)
+    run_steps = jax.jit(functools.partial(step_all, configs[0], how=how), donate_argnums=0)
+
+    def run() -> Any:
+        nonlocal states
+        states, metrics = run_steps(states, batch, 5)
+        return states, metrics
+
+    return run
+
+
 def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("d-in", 576), ("d-sae", 9216), ("batch", 4096), ("k", 32), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", nargs="*", choices=[*AT_MOST, "ghost"], default=[*AT_MOST, "ghost"])
+    kinds = [*AT_MOST, "ghost", "sweep"]
+    parser.add_argument("--only", nargs="*", choices=kinds, default=kinds)
     sizes = parser.parse_args()
     directions = random_directions(jax.random.key(0), 4 * sizes.d_in, sizes.d_in)
     batch = superposed(jax.random.key(1), directions, sizes.batch, sizes.k)
@@ -86,13 +122,15 @@ def main() -> None:
         }
         try:
             for architecture in sizes.only:
-                if architecture != "ghost":
+                if architecture in AT_MOST:
                     rows += architecture_rows(architecture, sizes, batch, peers)
         finally:
             for peer in peers.values():
                 peer.close()
     if "ghost" in sizes.only:
         rows += ghost_rows(sizes, batch)
+    if "sweep" in sizes.only:
+        rows += sweep_rows(sizes, batch)
     report("sae", rows, **{name: value for name, value in vars(sizes).items() if name != "only"})
 
 

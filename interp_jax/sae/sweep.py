@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from interp_jax.sae.autoencoder import SparseAutoencoder
 from interp_jax.sae.batch_stream import Batches
@@ -77,20 +77,12 @@ def sweep(
         NonFiniteLossError: when no run's loss is finite any more.
     """
     config = _shared(configs)
-    knobs: Knobs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(knobs_of, configs))
+    knobs = stacked_knobs(configs)
     if mesh is not None:
         mesh = training_mesh(mesh, config.d_sae)
-    run_step = functools.partial(step, config, mesh=mesh)
-
-    def initial(batch: Any) -> TrainState:
-        return jax.lax.map(lambda one: initial_state(config, batch, one), knobs)
-
-    def step_all(states: TrainState, batch: Any, number: Any) -> tuple[TrainState, Array]:
-        if how == "vmap":
-            return jax.vmap(run_step, in_axes=(0, None, None))(states, batch, number)
-        return jax.lax.map(lambda state: run_step(state, batch, number), states)
-
-    states, history = run_loop(configs, initial, step_all, batches, on_step, checkpoint_dir, resume, mesh, loggers)
+    initial = functools.partial(initial_states, config, knobs)
+    run_steps = functools.partial(step_all, config, how=how, mesh=mesh)
+    states, history = run_loop(configs, initial, run_steps, batches, on_step, checkpoint_dir, resume, mesh, loggers)
     runs = []
     for number, one in enumerate(configs):
         sae = finished(jax.tree.map(lambda leaf, number=number: leaf[number], states))
@@ -101,6 +93,51 @@ def sweep(
         ]
         runs.append(SweepRun(one, sae, lines))
     return runs
+
+
+def stacked_knobs(configs: Sequence[TrainConfig]) -> Knobs:
+    """What differs between runs, along a new first axis.
+
+    Args:
+        configs: one a run.
+    """
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(knobs_of, configs))
+
+
+def initial_states(config: TrainConfig, knobs: Knobs, batch: Any) -> TrainState:
+    """The states of all runs before the first step.
+
+    Args:
+        config: what they share.
+        knobs: what differs, of `stacked_knobs`.
+        batch: the first batch.
+    """
+    return jax.lax.map(lambda one: initial_state(config, batch, one), knobs)
+
+
+def step_all(
+    config: TrainConfig,
+    states: TrainState,
+    batch: Any,
+    number: Any,
+    *,
+    how: Literal["map", "vmap"] = "map",
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, Float[Array, "runs metrics"]]:
+    """One step of every run.
+
+    Args:
+        config: what they share.
+        states: of `initial_states`, or of the step before.
+        batch: the batch of all.
+        number: of the step, from 0.
+        how: one after another, or side by side.
+        mesh: what states and batch lie on; None where that is one device.
+    """
+    run_step = functools.partial(step, config, mesh=mesh)
+    if how == "vmap":
+        return jax.vmap(run_step, in_axes=(0, None, None))(states, batch, number)
+    return jax.lax.map(lambda state: run_step(state, batch, number), states)
 
 
 def _shared(configs: Sequence[TrainConfig]) -> TrainConfig:
