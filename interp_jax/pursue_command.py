@@ -5,6 +5,7 @@ held-out text with the activation replaced by its reconstruction: from the encod
 largest codes, from gradient pursuit and from orthogonal matching pursuit, at several k. The frontier that comes out
 tells apart what a dictionary lacks and what its encoder misses.
 
+    index.html        all of it as one page, with the two codes of a dictionary side by side on the same texts
     pareto.png        loss recovered against L0, a line a dictionary and way of coding
     scatter.png       codes by pursuit against codes by the encoder, for latents of different frequency
     pursue.json       all numbers
@@ -29,8 +30,9 @@ from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_losses
 from interp_jax.progress import advancing, working
-from interp_jax.pursuit import PursuitEncoder, TopKEncoder, gradient_pursuit, orthogonal_matching_pursuit
+from interp_jax.pursuit import PursuitEncoder, TopKEncoder, gradient_pursuit, orthogonal_matching_pursuit, topk_encode
 from interp_jax.report.frontier import CodingPoint, frontier_figure, scatter_figure
+from interp_jax.report.pursuit_page import CodedToken, pursuit_page, side_by_side
 from interp_jax.sae import Autoencoder, ReLUSAE, SparseAutoencoder, evaluate, load_sae, loss_recovered
 from interp_jax.whole_file import write_whole
 
@@ -42,6 +44,8 @@ _ROWS = 8
 """Rows of tokens a forward pass."""
 _LATENTS = 4
 """Latents in the scatter plot."""
+_TEXTS, _TOKENS = 3, 33
+"""Texts whose codes are shown side by side, and tokens of each."""
 
 
 def run(
@@ -119,11 +123,25 @@ def run(
     facts = {"settings": settings, "loss_clean": clean, "loss_zero_ablated": zero}
     facts |= {"points": [dataclasses.asdict(point) for point in points]}
     write_whole(out / "pursue.json", json.dumps(facts, indent=1).encode())
-    write_whole(out / "pareto.png", frontier_figure(points))
     name, sae = next(iter(saes.items()))
     k = min(l0s, key=lambda k: abs(k - evaluate(sae, activations[:1]).l0))
-    write_whole(out / "scatter.png", scatter_figure(*_scatter(sae, k, activations), title=f"{name}, {k} latents"))
-    print(f"The pictures are {out / 'pareto.png'} and {out / 'scatter.png'}.")
+    frontier = frontier_figure(points)
+    scatter = scatter_figure(*_scatter(sae, k, activations), title=f"{name}, {k} latents")
+    write_whole(out / "pareto.png", frontier)
+    write_whole(out / "scatter.png", scatter)
+    page = pursuit_page(
+        setting=settings,
+        clean=clean,
+        zero=zero,
+        points=points,
+        frontier=frontier,
+        scatter=scatter,
+        first=name,
+        k=k,
+        texts=[_coded(model, sae, k, rows[number], values[0][number]) for number in range(_TEXTS)],
+    )
+    write_whole(out / "index.html", page)
+    print(f"The page is {out / 'index.html'}.")
 
 
 def _ways(
@@ -204,6 +222,27 @@ def _scatter(
     indices, weights = np.asarray(code.indices), np.asarray(code.weights)
     pursued = np.stack([np.where(indices == latent, weights, 0).sum(axis=1) for latent in latents])
     return encoded[:, latents].T, pursued, latents.tolist()
+
+
+def _coded(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    k: int,
+    tokens: Int[np.ndarray, "context"],
+    value: Float[np.ndarray, "context d_in"],
+) -> list[CodedToken]:
+    """The tokens at the beginning of a row, but the first, with their two codes."""
+    x = jnp.asarray(value[1:_TOKENS])
+    codes = topk_encode(sae, x, k), PursuitEncoder(sae, k).code(x)
+    both = [
+        [
+            {int(i): float(w) for i, w in zip(indices, weights, strict=True) if i >= 0}
+            for indices, weights in zip(np.asarray(code.indices), np.asarray(code.weights), strict=True)
+        ]
+        for code in codes
+    ]
+    texts = model.tokenizer.readable(tokens[1:_TOKENS].tolist())
+    return [side_by_side(*one) for one in zip(texts, *both, strict=True)]
 
 
 def _tell(points: list[CodingPoint], clean: float, zero: float) -> None:

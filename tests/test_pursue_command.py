@@ -45,6 +45,10 @@ def test_the_numbers_are_those_of_evaluation_and_splicing(folder, tmp_path, monk
     assert gradient["l0"] <= 2
     for name in ("pareto.png", "scatter.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert page.count('<td class="token">') == 3 * 32
+    assert "http" not in page.replace("http-equiv", "")
     assert "recovered" in capsys.readouterr().out
 
 
