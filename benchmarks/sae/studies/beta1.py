@@ -28,16 +28,17 @@ MEASURES = ("fvu", "loss_recovered", "dead_share")
 
 def groups() -> list[Group]:
     """What is trained."""
-    found = []
+    relu, topk = [], []
     for seed, beta1 in itertools.product(SEEDS, BETAS):
         common: dict[str, Any] = {"beta1": beta1, "seed": seed, "dead_latents": "none", "n_steps": 2000}
-        relu = [
+        grid = (
             TrainConfig(128, D_SAE, "relu", learning_rate=rate, l1_coefficient=l1, **common)
             for rate, l1 in itertools.product(LEARNING_RATES, L1S)
-        ]
-        topk = [TrainConfig(128, D_SAE, "topk", k=K, learning_rate=rate, **common) for rate in LEARNING_RATES]
-        found += [Group(f"beta1={beta1} {name}", tuple(kind)) for name, kind in (("relu", relu), ("topk", topk))]
-    return found
+        )
+        relu.append(Group(f"beta1={beta1} relu", tuple(grid)))
+        rates = (TrainConfig(128, D_SAE, "topk", k=K, learning_rate=rate, **common) for rate in LEARNING_RATES)
+        topk.append(Group(f"beta1={beta1} topk", tuple(rates)))
+    return [*relu, *topk]
 
 
 def judged(judge: Judge, run: SweepRun) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 In runs as short as these next to nothing dies by itself. So most latents start dead: their encoder biases are so low
 that no activation reaches them, as an L1 that was too strong at first would leave them. What a method must do is bring
-them to life without harm to the others, and to those that have come to life. The same training without the accident
-shows what there is to win.
+them to life without harm to the others.
 
 All methods have the same strengths of L1, and are compared on their curves over L0.
 """
@@ -17,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.sae.studies.comparison import by_seed, difference, estimate, table
-from benchmarks.sae.studies.drawing import panels, points_over_l0, save
+from benchmarks.sae.studies.drawing import COLOURS, panels, points_over_l0, save
 from benchmarks.sae.studies.groups import Group
 from benchmarks.sae.studies.setting import Judge
 from interp_jax.sae import SweepRun, TrainConfig
@@ -30,24 +31,20 @@ DEAD_AT_START = 7 / 8
 """Share of the latents; 128 are left, as many as the activations have coordinates."""
 LOW = -10.0
 """Their encoder bias. Normalised activations have a norm of 11, and at most half of it along a first direction."""
-HEALTHY = "nothing died"
 METHODS: dict[str, dict[str, Any]] = {
     "nothing done": {"dead_latents": "none"},
     "ghost, original": {"dead_latents": "ghost", "ghost_variant": "original"},
     "ghost, rescaled": {"dead_latents": "ghost", "ghost_variant": "rescaled"},
     "resampling": {"dead_latents": "resample", "resample_every": 320},
-    "ghost, dead only rescaled": {"dead_latents": "ghost", "ghost_variant": "dead_only_rescaled"},
-    HEALTHY: {"dead_latents": "none"},
 }
-L1S = (1.0, 2.0, 4.0)
+L1S = (2.0, 4.0)
+DRAWN_L1 = 2.0
+"""Of the runs whose training is drawn."""
 SEEDS = (0, 1, 2)
-L0S = (3.0, 10.0)
+L0S = (4.0,)
 """Where the methods are compared."""
 PAIRS = (
-    ("ghost, rescaled", "ghost, original"),
-    ("ghost, dead only rescaled", "ghost, original"),
     ("ghost, rescaled", "resampling"),
-    ("ghost, dead only rescaled", "resampling"),
     ("ghost, rescaled", "nothing done"),
 )
 """What is compared seed by seed."""
@@ -60,7 +57,7 @@ def groups() -> list[Group]:
     found = []
     for (method, changes), seed, l1 in itertools.product(METHODS.items(), SEEDS, L1S):
         config = TrainConfig(128, D_SAE, "relu", n_steps=1200, seed=seed, l1_coefficient=l1, **common, **changes)
-        found.append(Group(method, (config,), () if method == HEALTHY else (DEAD_AT_START, LOW)))
+        found.append(Group(method, (config,), (DEAD_AT_START, LOW)))
     return found
 
 
@@ -76,8 +73,7 @@ def train(group: Group, batches: Callable[[int], Any], directory: pathlib.Path) 
     # One compiled step for all seeds and all strengths of L1, which are data to it.
     run_step = _compiled(dataclasses.replace(config, seed=0, l1_coefficient=1.0))
     state = jax.jit(functools.partial(initial_state, config))(jnp.asarray(batches(0)), knobs_of(config))
-    if group.start:
-        state = mostly_dead(state, config, *group.start)
+    state = mostly_dead(state, config, *group.start)
     history = []
     for number in range(config.n_steps):
         state, metrics = run_step(state, jnp.asarray(batches(number)), number)
@@ -148,23 +144,31 @@ def report(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]]) -> None:
-    """The figure: each measure over L0, a line a method.
+    """The figure: what comes out over L0, and how it came about over the steps of training.
 
     Args:
         runs: all runs.
     """
-    labels = ("fraction of variance unexplained", "loss recovered, of the zero ablation's", "share of latents dead")
-    titles = ("reconstruction", "the model's loss", "dead latents")
     figure, axes = panels(3)
-    for one, measure, label, title in zip(axes, MEASURES, labels, titles, strict=True):
-        for series, method in enumerate(METHODS):
-            points = [_of(runs, method, l1) for l1 in L1S]
-            l0s, values = ([[run[name] for run in same] for same in points] for name in ("l0", measure))
-            points_over_l0(one, l0s, values, series, label=method)
-        one.set_xlabel("L0 (active latents a token)")
+    for series, method in enumerate(METHODS):
+        points = [_of(runs, method, l1) for l1 in L1S]
+        l0s, values = ([[run[name] for run in same] for same in points] for name in ("l0", "fvu"))
+        points_over_l0(axes[0], l0s, values, series, label=method)
+        curves = np.mean([run["step_dead_share_fvu"] for run in _of(runs, method, DRAWN_L1)], axis=0)
+        for place, column in ((1, 2), (2, 1)):
+            axes[place].plot(curves[:, 0], curves[:, column], color=COLOURS[series], linewidth=1.5)
+    labels = ("fraction of variance unexplained", "fraction of variance unexplained", "share of latents that are dead")
+    in_training = f"in training (L1 {DRAWN_L1:g})"
+    titles = ("held-out, after training", f"of batches, {in_training}", in_training)
+    for one, label, title in zip(axes, labels, titles, strict=True):
+        one.set_xlabel("L0 (active latents a token)" if one is axes[0] else "training step")
         one.set_ylabel(label)
         one.set_title(title, fontsize=10)
-    axes[0].legend(fontsize=7)
+    axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save(figure, "ghost")
 
 
