@@ -122,7 +122,8 @@ def _by_count(sae: P, x: Array, target: Array, row_weights: Array, sparsity: Spa
     """The objective and its gradient by no more pairs than there are, or densely where they are many."""
     batch, d_sae = len(x), sae.d_sae
     pre = sae.pre_activations(x)
-    mask = true_places(pre > sae.floor())
+    # And not `>`, so that NaN is kept and seen in the loss.
+    mask = true_places(~(pre <= sae.floor()))
 
     def densely() -> tuple[Outcome, P]:
         def objective(sae: P) -> Outcome:

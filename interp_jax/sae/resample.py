@@ -1,11 +1,12 @@
 """Resampling: dead latents start again from inputs that are badly reconstructed (Bricken et al. 2023).
 
 A dead latent's dictionary row becomes the direction of an input, drawn with a probability that goes with the square of
-the row's squared error; its encoder column the same direction at a fifth of the living columns' mean norm, its biases
-zero, its threshold the living ones' mean, and the optimiser's moments of all of them zero. That is a shock to a
-dictionary that is otherwise done, so it is done at long intervals: *resampling*. Or only to the few latents that have
-been dead for longest, whenever there are any, from the batch at hand: *lazy re-initialisation*, which spares the pass
-over many inputs.
+the row's squared error, and no input for two of them: twins would have the same gradients, and stay twins. Its encoder
+column becomes the same direction at a fifth of the living columns' mean norm, its biases zero, its threshold the living
+ones' mean, and the optimiser's moments of all of them zero. That is a shock to a dictionary that is otherwise done, so
+it is done at long intervals: *resampling*. Or only to the few latents that have been dead for longest, whenever there
+are any, from the batch at hand: *lazy re-initialisation*, which spares the pass over many inputs. Neither is done while
+the learning rate decays to zero, when nothing new could be learnt any more.
 """
 
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ def resample(
     Args:
         sae: the autoencoder.
         moments: the optimiser's state; every autoencoder-shaped part of it is set to zero at those latents.
-        is_chosen: which latents.
+        is_chosen: which latents; no more than there are rows.
         x: activations to draw from.
         target: what they are to be reconstructed to: `x`, but for a transcoder.
         row_errors: how badly each is: its weighted squared error.
@@ -48,8 +49,10 @@ def resample(
     Returns:
         The autoencoder and the optimiser's state.
     """
-    square = jnp.square(row_errors)
-    chosen = jax.random.categorical(key, jnp.log(jnp.maximum(square, 1e-30)), shape=(sae.d_sae,))
+    # The order of log p + Gumbel noise is that of draws without replacement.
+    logits = jnp.log(jnp.maximum(jnp.square(row_errors), 1e-30))
+    drawn = jnp.argsort(-(logits + jax.random.gumbel(key, logits.shape)))
+    chosen = drawn[jnp.clip(jnp.cumsum(is_chosen) - 1, 0, len(x) - 1)]
     inputs = x - sae.b_dec[...] if sae.apply_b_dec_to_input else x
     read, written = _unit(inputs)[chosen], _unit(target - sae.b_dec[...])[chosen]
     n_alive = jnp.maximum(jnp.sum(~is_chosen), 1)

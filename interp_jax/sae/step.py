@@ -340,6 +340,8 @@ def _restarted(
         chosen = longest_dead(idle, is_dead, N_LAZY)
     else:
         return sae, moments, idle
+    is_early = jnp.asarray(number) + 1 < config.n_steps - config.decay_share * config.n_steps
+    chosen = chosen & is_early & (jnp.cumsum(chosen) <= len(x))
     key = jax.random.fold_in(jax.random.wrap_key_data(state.knobs.key), number + 1)
     errors = row_weights * jnp.sum(jnp.square(outcome.error), axis=1)
 

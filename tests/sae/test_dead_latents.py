@@ -138,12 +138,14 @@ def test_resampled_latents_point_at_badly_reconstructed_inputs(kind):
     new, new_moments = jax.jit(functools.partial(resample, key=jax.random.key(3)))(
         sae, moments, is_chosen, X, X, errors
     )
-    worst = np.asarray(X[:3] / jnp.linalg.norm(X[:3], axis=1, keepdims=True))
+    directions = np.asarray(X / jnp.linalg.norm(X, axis=1, keepdims=True))
     rows = np.asarray(new.W_dec[...])
-    nearest = (rows @ worst.T).max(axis=1)
-    np.testing.assert_allclose(nearest[::2], 1, atol=1e-5)
+    cosines = rows[::2] @ directions.T
+    np.testing.assert_allclose(cosines.max(axis=1), 1, atol=1e-5)
+    drawn = cosines.argmax(axis=1)
+    assert {0, 1, 2} <= set(drawn.tolist())
+    assert len(set(drawn.tolist())) == len(drawn), "twins would stay twins"
     np.testing.assert_allclose(np.asarray(new.W_enc[...]).T[::2], 0.2 * rows[::2], atol=1e-5)  # columns had norm one
-    assert len({tuple(np.round(row, 4)) for row in rows[::2]}) == 3
     for name in ("W_dec", *sae.per_latent):
         np.testing.assert_array_equal(new.parameter(name)[1::2], sae.parameter(name)[1::2])
     if kind == "jumprelu":
@@ -154,6 +156,18 @@ def test_resampled_latents_point_at_badly_reconstructed_inputs(kind):
         assert (part.W_enc[:, ::2] == 0).all()
         assert (part.W_enc[:, 1::2] == 1).all()
         assert (part.b_dec[...] == 1).all()
+
+
+@pytest.mark.caches
+def test_nothing_starts_again_while_the_rate_decays():
+    options = {"dead_after": 1, "dead_latents": "resample", "resample_every": 10, "l1_coefficient": 1.0}
+    config = TrainConfig(40, 64, "relu", n_steps=100, decay_share=0.2, **options)
+    state = initial_state(config, toy(0))
+    state.sae = state.sae.replace(b_enc=jnp.where(jnp.arange(64) < 32, -100.0, 0.0))
+    run = jax.jit(functools.partial(step, config))
+    for number, is_done in ((9, True), (69, True), (79, False), (99, False)):
+        after, _ = run(state, toy(1), number)
+        assert bool((after.sae.b_enc[:32] > -50).all()) is is_done, number
 
 
 def test_the_longest_dead_are_few():
