@@ -77,11 +77,12 @@ def run(
         ValueError: before anything long, for a transcoder, an l0 above a dictionary's size, or autoencoders of another
             width than the site.
     """
+    paths = [path.resolve() for path in paths]
     saes = {path.parent.name if path.name == "sae" else path.name: load_sae(path) for path in paths}
     if len(saes) < len(paths):
         saes = {str(path): load_sae(path) for path in paths}
     for name, sae in saes.items():
-        PursuitEncoder(sae, 1)  # refuses a transcoder
+        PursuitEncoder(sae, 1).check()
         if max(l0s) > sae.d_sae:
             raise ValueError(f"{name} has {sae.d_sae} latents, fewer than the l0 of {max(l0s)} that is asked for.")
     documents = documents_of(text)

@@ -98,7 +98,8 @@ def _first_maximum(
     if padding:
         # Zeros correlate with nothing, and what correlates with nothing is never picked.
         products, factors = jnp.pad(products, ((0, 0), (0, padding))), jnp.pad(factors, (0, padding))
-    blocks, factors = products.reshape(len(products), -1, BLOCK), factors.reshape(-1, BLOCK)
+    n_blocks = len(factors) // BLOCK
+    blocks, factors = products.reshape(len(products), n_blocks, BLOCK), factors.reshape(n_blocks, BLOCK)
     maxima = jnp.max(blocks * factors, axis=2)
     which = jnp.argmax(maxima, axis=1)
     block = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0] * factors[which]

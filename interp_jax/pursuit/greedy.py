@@ -6,7 +6,8 @@ How it is laid out, and why:
   remains in a step, which finds the next atom; what a method does with the weights happens in the k x k space of the
   Gram matrix, so a method is a few lines (`Method`). With dense weights a step would take three products.
 - Signals are scaled to norm one and so is each atom, so that very small and very large ones neither underflow nor
-  overflow, and rescaling an atom changes its weight and nothing else.
+  overflow, and rescaling an atom changes its weight and nothing else. Only norms within a factor of eight of the
+  dtype's largest number have no code, and a residual norm of NaN.
 - Batches are worked on in chunks of signals, which bounds the memory whatever the batch.
 
 Gradients, forward and reverse, with respect to signals and dictionary, are those of the weights with the choice of
@@ -70,6 +71,7 @@ def pursue(
     mesh: Mesh | None,
 ) -> SparseCode:
     """Finds codes by a method; the arguments are those of the public functions."""
+    signals, dictionary = jnp.asarray(signals), jnp.asarray(dictionary)
     batch = signals.shape[:-1]
     size = l0 if max_l0 is None else max_l0
     if not isinstance(size, int | np.integer):
@@ -86,6 +88,8 @@ def pursue(
     flat = signals.reshape(-1, signals.shape[-1]).astype(dtype)
     if mesh is not None:
         _check_mesh(mesh, len(flat), dictionary.shape[0])
+        # Axes of `jax.make_mesh` would be part of the arrays' types; here they are the compiler's.
+        mesh = Mesh(mesh.devices, mesh.axis_names)
     code = _pursue(method, flat, dictionary, limits, size, nonnegative, float(tolerance), mesh)
     return SparseCode(*(value.reshape(*batch, *value.shape[1:]) for value in code))
 
@@ -106,10 +110,12 @@ def _check(signals: Array, dictionary: Array, l0: int, tolerance: float) -> None
                 f"{name} have dtype {value.dtype}; expected a floating type. Convert with .astype('float32')."
             )
     if not isinstance(dictionary, jax.core.Tracer) and dictionary.is_fully_addressable:
-        # NumPy's, since under jit a jnp operation would give a tracer, although this dictionary is concrete.
-        bad = np.flatnonzero(~np.isfinite(np.asarray(dictionary, np.float32)).all(axis=1))
-        if bad.size:
-            raise ValueError(f"dictionary row {int(bad[0])} holds NaN or infinity ({bad.size} such rows in all).")
+        # Under jit a plain operation would give a tracer, although this dictionary is concrete.
+        with jax.ensure_compile_time_eval():
+            is_bad = ~jnp.all(jnp.isfinite(dictionary), axis=1)
+            n_bad, first = int(jnp.sum(is_bad)), int(jnp.argmax(is_bad))
+        if n_bad:
+            raise ValueError(f"dictionary row {first} holds NaN or infinity ({n_bad} such rows in all).")
 
 
 def _check_mesh(mesh: Mesh, n_signals: int, n_atoms: int) -> None:
@@ -184,7 +190,9 @@ def _finish(
     weights = _with_gradient(method, signals, dictionary, indices, slots, weights)
     atoms = dictionary[indices].astype(signals.dtype)
     residual = signals - jnp.einsum("bk,bkd->bd", weights, atoms, precision=PRECISE)
-    return code_of(indices, weights, jnp.where(is_sound, norm(residual), jnp.nan))
+    # Beyond that an inverse norm is subnormal, which some machines take for zero.
+    is_known = is_sound & (jnp.max(jnp.abs(signals), axis=1) < jnp.finfo(signals.dtype).max / 8)
+    return code_of(indices, weights, jnp.where(is_known, norm(residual), jnp.nan))
 
 
 def _search(

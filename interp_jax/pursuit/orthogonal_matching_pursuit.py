@@ -4,8 +4,10 @@
 1993. Weights are least squares on the atoms that were picked, so the residual is orthogonal to them.
 
 Signed, the inverse of the Gram matrix' Cholesky factor grows by one row a step, in O(l0^2); the weights come from it by
-two products and one step of iterative refinement, which takes back what the running inverse loses by rounding. An atom
-that depends on those before it has no row, and weight zero.
+two products and two steps of iterative refinement, which take back most of what the running inverse loses by rounding;
+weights that would leave more than those before are not taken. An atom that depends on those before it (in float32: at
+an angle below 0.003 to their span) has no row, and weight zero; as it would be picked again, that signal's search ends
+there.
 
 Non-negative, each step solves least squares under `weights >= 0` to its Karush-Kuhn-Tucker conditions by the active-set
 method of Lawson and Hanson ("Solving Least Squares Problems", 1974, chapter 23), all signals at once, warm-started at
@@ -135,10 +137,17 @@ def _refine_signed(
     def solve(right: Array) -> Array:
         return _transpose_times(inverse, _times(inverse, right))
 
-    solved = solve(products)
     is_held = jnp.any(inverse != 0, axis=2)
-    solved = solved + solve(jnp.where(is_held, products - _times(gram, solved), 0))
-    return jnp.where((slot <= l0)[:, None], solved, weights), inverse
+    solved = solve(products)
+    for _ in range(2):
+        solved = solved + solve(jnp.where(is_held, products - _times(gram, solved), 0))
+
+    def left(weights: Array) -> Array:
+        """The squared residual, but for the target's own square."""
+        return jnp.sum(weights * (_times(gram, weights) - 2 * products), axis=1)
+
+    is_taken = (slot <= l0) & (left(solved) <= left(weights))
+    return jnp.where(is_taken[:, None], solved, weights), inverse
 
 
 def _refine_nonnegative(

@@ -30,4 +30,5 @@ class PursuitEncoder(SparseCoder):
         Args:
             x: activations.
         """
+        self.check()
         return self.method(x - self.sae.b_dec[...], self.sae.W_dec[...], self.l0)

@@ -27,10 +27,12 @@ class SparseCoder(abc.ABC):
     l0: int
     """The most latents a signal may use."""
 
-    def __post_init__(self) -> None:
-        """Refuses a transcoder, whose dictionary is not of its input's space."""
-        if not hasattr(self.sae, "W_skip"):
-            return  # what JAX puts in the place of a pytree's parts
+    def check(self) -> None:
+        """Refuses a transcoder, whose dictionary is not of its input's space.
+
+        Raises:
+            ValueError: if it is one.
+        """
         if self.sae.W_skip is not None or self.sae.d_in != self.sae.d_out:
             raise ValueError(
                 "a transcoder's dictionary is of its output's space and has no code of its input. Pursue its targets "
@@ -58,6 +60,9 @@ class SparseCoder(abc.ABC):
 
         Args:
             x: activations.
+
+        Raises:
+            ValueError: if the autoencoder is a transcoder.
         """
 
     def encode(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_sae"]:

@@ -50,4 +50,5 @@ class TopKEncoder(SparseCoder):
         Args:
             x: activations.
         """
+        self.check()
         return topk_encode(self.sae, x, self.l0)

@@ -32,6 +32,8 @@ _FEW = (256, 96)
 """Pairs are few where they are at most one of so many entries of the dense codes; there is room for either number."""
 _LARGE = 2**21
 """Entries of the dense codes from which on it is worth to compile the step in more ways than one."""
+_TOO_LARGE = 2**31
+"""Entries that 32 bits do not number."""
 
 
 class PenalisedSAE(SparseAutoencoder):
@@ -103,7 +105,7 @@ class PenalisedSAE(SparseAutoencoder):
         mesh: Mesh | None = None,
     ) -> tuple[Outcome, P]:
         """See `SparseAutoencoder.objective_and_gradient`."""
-        if mesh is not None or len(x) * self.d_sae < _LARGE:
+        if mesh is not None or not _LARGE <= len(x) * self.d_sae < _TOO_LARGE:
             return with_gradient(lambda sae: sae.objective(x, target, row_weights, sparsity, mesh), self)
 
         def densely(sae: P, coefficient: Array, x: Array, target: Array, row_weights: Array) -> tuple[Outcome, P]:

@@ -199,6 +199,8 @@ def step(
     warm = jnp.minimum(1, (number + 1) / max(1.0, config.sparsity_warmup_share * config.n_steps))
     sparsity = Sparsity(state.knobs.sparsity * warm, config.is_l1_norm_weighted, config.l0_target)
     outcome, gradient = sae.objective_and_gradient(x, target, row_weights, sparsity, mesh)
+    # What is not a number is not above a threshold either: a transcoder's sparse codes may leave it out.
+    loss = jnp.where(jnp.all(jnp.isfinite(x)), outcome.loss, jnp.nan)
     idle = jnp.where(outcome.firings > 0, 0, jnp.minimum(state.idle, 2**30) + len(x)).astype(jnp.int32)
     is_dead = idle > config.dead_after
     gradient, revival = _revived(config, gradient, sae, x, outcome, row_weights, idle, is_dead, number, mesh)
@@ -224,12 +226,12 @@ def step(
     centred = target - jnp.average(target, axis=0, weights=row_weights)
     variance = jnp.mean(row_weights * jnp.sum(jnp.square(centred), axis=1))
     metrics = {
-        "loss": outcome.loss,
+        "loss": loss,
         "fvu": outcome.squared_error / jnp.where(variance > 0, variance, 1),
         "l0": jnp.sum(outcome.firings) / len(x),
         "dead_share": jnp.mean(is_dead),
         "rare_share": jnp.mean(window.frequency < 1e-5),
-        "penalty": outcome.loss - outcome.squared_error,
+        "penalty": loss - outcome.squared_error,
         "revival": revival,
         "learning_rate": rate,
     }

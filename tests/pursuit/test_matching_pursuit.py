@@ -87,6 +87,9 @@ def test_jit_vmap_and_an_empty_batch(pursuit):
     np.testing.assert_array_equal(whole.indices, compiled.indices)
     np.testing.assert_allclose(mapped, whole.dense(60), atol=1e-6)
     assert pursuit(signals[:0], dictionary, 4).weights.shape == (0, 4)
+    huge = pursuit(jnp.full((1, 24), 1e38), dictionary, 4)
+    assert int(huge.l0_reached[0]) == 0
+    assert jnp.isnan(huge.residual_norm[0])
 
 
 ON_A_MESH = """
@@ -101,6 +104,8 @@ signals, dictionary = map(jnp.asarray, problem(0, batch=16, d_in=24, d_sae=64))
 dictionary = dictionary.at[40].set(dictionary[3])  # equally good: the first must win, whatever shard it is on
 for shape in ((2, 4), (1, 8)):
     mesh = jax.make_mesh(shape, ("data", "latent"))
+    explicit = gradient_pursuit(signals, dictionary, 6, mesh=mesh)
+    np.testing.assert_array_equal(explicit.indices, gradient_pursuit(signals, dictionary, 6).indices)
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
     place = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
     on_mesh = place(signals, P("data")), place(dictionary, P("latent"))

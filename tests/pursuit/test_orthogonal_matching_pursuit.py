@@ -95,8 +95,7 @@ def test_the_residual_falls_with_every_atom():
     arrays = jnp.asarray(signals), jnp.asarray(dictionary)
     for nonnegative in (True, False):
         by_steps = [
-            np.asarray(orthogonal_matching_pursuit(*arrays, n, nonnegative=nonnegative).residual_norm)
-            for n in (2, 7)
+            np.asarray(orthogonal_matching_pursuit(*arrays, n, nonnegative=nonnegative).residual_norm) for n in (2, 7)
         ]
         assert all((after <= before + 1e-6).all() for before, after in itertools.pairwise(by_steps))
 

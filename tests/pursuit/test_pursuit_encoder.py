@@ -49,7 +49,14 @@ def test_it_goes_through_jit_and_grad(sae, x):
 
 def test_a_transcoder_is_refused():
     with pytest.raises(ValueError, match="Pursue its targets instead"):
-        PursuitEncoder(ReLUSAE.random(24, 60, key=jax.random.key(0), d_out=12), 5)
+        PursuitEncoder(ReLUSAE.random(24, 60, key=jax.random.key(0), d_out=12), 5).code(jnp.zeros((2, 24)))
+
+
+def test_it_is_a_pytree_as_any_other(sae):
+    encoder = PursuitEncoder(sae, 5)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), encoder)
+    assert stacked.sae.W_dec.shape == (2, 60, 24)
+    assert jax.tree.map(lambda leaf: 0, encoder).l0 == 5
 
 
 def test_the_largest_codes_of_an_encoder(sae, x):
