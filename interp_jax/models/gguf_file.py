@@ -96,7 +96,9 @@ class GgufFile:
         tensor = self._tensors[name]
         data = np.frombuffer(self._bytes, np.uint8, count=tensor.n_bytes, offset=tensor.offset)
         try:
-            values = gguf.quants.dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.type)
+            # A damaged scale may be infinite; whether weights are numbers is for those who look at them.
+            with np.errstate(invalid="ignore", over="ignore"):
+                values = gguf.quants.dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.type)
         except NotImplementedError as error:
             raise ValueError(
                 f"{self.path}: tensor {name!r} is of type {tensor.type.name}, which gguf cannot read."

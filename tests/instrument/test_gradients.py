@@ -169,6 +169,7 @@ def test_an_objective_of_what_the_function_returns():
         ij.gradients(forward, "mlp_out", 2, objective=lambda out: out["out"][None])(X, W)
 
 
+@pytest.mark.slow
 def test_mistakes():
     with pytest.raises(ij.SiteError, match="did you mean 'mlp_out'"):
         ij.gradients(scanned, "mlp_uot")(X, W)
@@ -207,7 +208,7 @@ def test_nnx_modules_that_rematerialise(around, split):
 
 
 @pytest.mark.parametrize(
-    "layer", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+    "layer", [pytest.param(layer, marks=pytest.mark.slow) if layer else layer for layer in range(4)]
 )
 @pytest.mark.parametrize("inner", [lambda function: function, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_in_a_scan_of_scans(inner, layer):

@@ -14,6 +14,8 @@ from sklearn.linear_model import orthogonal_mp
 
 from interp_jax.pursuit import gradient_pursuit, greedy
 
+pytestmark = pytest.mark.caches  # a pursuit is compiled once for each size, not for each call
+
 
 def dense_pursuit(signals, dictionary, l0, nonnegative=True):
     """The pseudocode with dense weights, in float64."""
@@ -122,6 +124,7 @@ def test_the_tolerance_stops_a_signal():
     assert (loose.l0_reached < full.l0_reached).all()
 
 
+@pytest.mark.slow
 def test_batch_shape_and_chunks_do_not_matter(monkeypatch):
     signals, dictionary = problem(5, batch=10)
     whole = gradient_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), 5)

@@ -9,6 +9,8 @@ from pursuit_problems import problem
 from interp_jax.pursuit import PursuitEncoder, gradient_pursuit, orthogonal_matching_pursuit, topk_encode
 from interp_jax.sae import ReLUSAE, evaluate
 
+pytestmark = pytest.mark.caches  # a pursuit is compiled once for each size, not for each call
+
 
 @pytest.fixture
 def sae():
