@@ -37,7 +37,8 @@ class Group:
     @property
     def name(self) -> str:
         """Of its folder: the method, the seed, and a digest of everything else."""
-        settings = json.dumps([BATCH_SIZE, *self.start, *map(dataclasses.asdict, self.configs)])
+        configs = [dataclasses.asdict(config) for config in self.configs]
+        settings = json.dumps([BATCH_SIZE, *self.start, *configs])
         return f"{self.method}-{self.configs[0].seed}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
