@@ -5,10 +5,9 @@ held-out text with the activation replaced by its reconstruction: from the encod
 largest codes, from gradient pursuit and from orthogonal matching pursuit, at several k. The frontier that comes out
 tells apart what a dictionary lacks and what its encoder misses.
 
-    index.html        all of it as one page, with the two codes of a dictionary side by side on the same texts
-    pareto.png        loss recovered against L0, a line a dictionary and way of coding
-    scatter.png       codes by pursuit against codes by the encoder, for latents of different frequency
-    pursue.json       all numbers
+    index.html     the frontier, loss recovered against L0; codes by pursuit against codes by the encoder, for latents
+                   of different frequency; the two codes of a dictionary side by side on the same texts
+    pursue.json    all numbers
 """
 
 import dataclasses
@@ -23,25 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from interp_jax.activations.splice import splice
+from interp_jax.activations.model_and_rows import BATCH_ROWS, model_and_rows
+from interp_jax.activations.splice import SINK_NORM, splice
 from interp_jax.activations.stream import stream_activations
-from interp_jax.activations.train_and_held_out import documents_of, train_and_held_out
-from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_losses
-from interp_jax.progress import advancing, working
+from interp_jax.progress import advancing
 from interp_jax.pursuit import PursuitEncoder, TopKEncoder, gradient_pursuit, orthogonal_matching_pursuit, topk_encode
-from interp_jax.report.frontier import CodingPoint, frontier_figure, scatter_figure
+from interp_jax.report.coding_point import CodingPoint
 from interp_jax.report.pursuit_page import CodedToken, pursuit_page, side_by_side
 from interp_jax.sae import Autoencoder, ReLUSAE, SparseAutoencoder, evaluate, load_sae, loss_recovered
 from interp_jax.whole_file import write_whole
 
 __all__ = ["run"]
 
-_SINK = 3.0
-"""Activations of more than this many times the median norm are sinks, and left alone in splices."""
-_ROWS = 8
-"""Rows of tokens a forward pass."""
 _LATENTS = 4
 """Latents in the scatter plot."""
 _TEXTS, _TOKENS = 3, 33
@@ -85,19 +79,7 @@ def run(
         PursuitEncoder(sae, 1).check()
         if max(l0s) > sae.d_sae:
             raise ValueError(f"{name} has {sae.d_sae} latents, fewer than the l0 of {max(l0s)} that is asked for.")
-    documents = documents_of(text)
-    with working(f"Loading {model_name}"):
-        model = load(model_name)
-    layer = model.layer_or_middle(layer)
-    _, rows = train_and_held_out(
-        text,
-        documents,
-        model,
-        context=context,
-        n_tokens=None,
-        n_held_out=n_held_out,
-        batch_rows=_ROWS,
-    )
+    model, layer, _, rows = model_and_rows(model_name, layer, text, context=context, n_tokens=0, n_held_out=n_held_out)
     values, activations, keep_above = _activations(model, rows, site, layer)
     wrong = [f"{name} ({sae.d_in})" for name, sae in saes.items() if sae.d_in != activations[0].shape[1]]
     if wrong:
@@ -126,17 +108,15 @@ def run(
     write_whole(out / "pursue.json", json.dumps(facts, indent=1).encode())
     name, sae = next(iter(saes.items()))
     k = min(l0s, key=lambda k: abs(k - evaluate(sae, activations[:1]).l0))
-    frontier = frontier_figure(points)
-    scatter = scatter_figure(*_scatter(sae, k, activations), title=f"{name}, {k} latents")
-    write_whole(out / "pareto.png", frontier)
-    write_whole(out / "scatter.png", scatter)
+    encoded, pursued, latents = _scatter(sae, k, activations)
     page = pursuit_page(
         setting=settings,
         clean=clean,
         zero=zero,
         points=points,
-        frontier=frontier,
-        scatter=scatter,
+        encoded=encoded,
+        pursued=pursued,
+        latents=latents,
         first=name,
         k=k,
         texts=[_coded(model, sae, k, rows[number], values[0][number]) for number in range(_TEXTS)],
@@ -195,15 +175,15 @@ def _activations(
     model: LanguageModel, rows: Int[np.ndarray, "rows context"], site: str, layer: int
 ) -> tuple[list[Float[np.ndarray, "batch context d_in"]], list[Float[np.ndarray, "n d_in"]], float]:
     """All activations, batch by batch; those that are no sinks; and the norm above which one is a sink."""
-    batches = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
+    batches = [rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)]
     values = []
     with advancing("Streaming activations", rows.size) as advance:
         for batch in stream_activations(model.forward, model.params, batches, site=site, layer=layer):
-            values.append(np.asarray(batch, np.float32).reshape(_ROWS, rows.shape[1], -1))
-            advance(_ROWS * rows.shape[1])
+            values.append(np.asarray(batch, np.float32).reshape(BATCH_ROWS, rows.shape[1], -1))
+            advance(BATCH_ROWS * rows.shape[1])
     every = np.concatenate([value[:, 1:].reshape(-1, value.shape[2]) for value in values])
     norms = np.linalg.norm(every, axis=1)
-    keep_above = _SINK * float(np.median(norms))
+    keep_above = SINK_NORM * float(np.median(norms))
     every = every[norms <= keep_above]
     # In parts of one size, so that nothing is compiled for each: a few rows at the end are left out.
     size = len(every) // len(values)

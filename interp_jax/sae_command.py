@@ -34,15 +34,15 @@ import yaml
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from interp_jax.activations.model_and_rows import BATCH_ROWS, ModelAndRows, model_and_rows
 from interp_jax.activations.prefetch import PrefetchedSteps
+from interp_jax.activations.splice import SINK_NORM
 from interp_jax.activations.splice_losses import N_PASSES, splice_losses
 from interp_jax.activations.store import ActivationStore
 from interp_jax.activations.store_activations import store_activations
 from interp_jax.activations.stream import stream_activations
-from interp_jax.activations.train_and_held_out import documents_of, train_and_held_out
-from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.progress import advancing, silence, working
+from interp_jax.progress import advancing, silence
 from interp_jax.sae import (
     SparseAutoencoder,
     TrainConfig,
@@ -60,10 +60,6 @@ from interp_jax.whole_file import write_whole
 
 __all__ = ["EvaluateOptions", "TrainOptions", "from_file", "main", "run_evaluate", "run_sweep", "run_train"]
 
-_SINK = 3.0
-"""Activations of more than this many times the median norm are sinks: left out of training, left alone in splices."""
-_ROWS = 8
-"""Rows of tokens a forward pass."""
 _OWN = ("model", "layer", "site", "text", "n_tokens", "n_held_out", "context", "batch_size", "out", "activations",
         "mesh", "log_to")  # fmt: skip
 """The options that are not the autoencoder's."""
@@ -374,45 +370,33 @@ def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
             f"{path} is a transcoder, and the command reads one site: judge it by "
             "`interp_jax.activations.splice_losses.splice_losses` with its input_site."
         )
-    documents = documents_of(options.text)
-    with working(f"Loading {options.model}"):
-        model = load(options.model)
-    layer = model.layer_or_middle(options.layer)
-    _, held_out = train_and_held_out(
+    model, layer, _, held_out = model_and_rows(
+        options.model,
+        options.layer,
         options.text,
-        documents,
-        model,
         context=options.context,
-        n_tokens=None,
+        n_tokens=0,
         n_held_out=options.n_held_out,
-        batch_rows=_ROWS,
     )
     found = _judged(sae, model, options.site, layer, held_out, float("inf"))
     if options.out is not None:
         write_whole(options.out, json.dumps(found, indent=1).encode())
 
 
-def _prepared(
-    options: TrainOptions,
-) -> tuple[LanguageModel, int, Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
+def _prepared(options: TrainOptions) -> ModelAndRows:
     """The model, the layer, and rows to train on and to judge by."""
-    documents = documents_of(options.text)
-    with working(f"Loading {options.model}"):
-        model = load(options.model)
-    layer = model.layer_or_middle(options.layer)
-    rows, held_out = train_and_held_out(
+    found = model_and_rows(
+        options.model,
+        options.layer,
         options.text,
-        documents,
-        model,
         context=options.context,
         n_tokens=options.n_tokens,
         n_held_out=options.n_held_out,
-        batch_rows=_ROWS,
     )
-    n_rows = len(rows) * (options.context - 1)
+    n_rows = len(found.rows) * (options.context - 1)
     if not 1 <= options.batch_size <= n_rows:
         raise ValueError(f"batch_size is {options.batch_size}; expected 1 to {n_rows:,}, the activations of n_tokens.")
-    return model, layer, rows, held_out
+    return found
 
 
 def _store(
@@ -420,9 +404,9 @@ def _store(
 ) -> tuple[ActivationStore, Int[np.ndarray, "n"], float]:
     """The activations on disk, the rows of them that are no sinks, and the norm above which one is a sink."""
     directory = options.activations or options.out / "activations"
-    store = store_activations(model, rows, directory, site=options.site, layer=layer, batch_rows=_ROWS)
+    store = store_activations(model, rows, directory, site=options.site, layer=layer, batch_rows=BATCH_ROWS)
     norms = store.norms()
-    keep_above = _SINK * float(np.median(norms))
+    keep_above = SINK_NORM * float(np.median(norms))
     return store, np.flatnonzero(norms <= keep_above), keep_above
 
 
@@ -545,18 +529,18 @@ def _judged(
     keep_above: float,
 ) -> dict[str, Any]:
     """All the numbers of an autoencoder on held-out text, printed too."""
-    batches = [held_out[start : start + _ROWS] for start in range(0, len(held_out), _ROWS)]
+    batches = [held_out[start : start + BATCH_ROWS] for start in range(0, len(held_out), BATCH_ROWS)]
     activations: list[Float[np.ndarray, "n d_in"]] = []
     with advancing("Judging the reconstruction", held_out.size) as advance:
         for batch in stream_activations(model.forward, model.params, batches, site=site, layer=layer, skip_first=1):
             activations.append(np.asarray(batch))
-            advance(_ROWS * held_out.shape[1])
+            advance(BATCH_ROWS * held_out.shape[1])
     norms = np.concatenate([np.linalg.norm(batch, axis=1) for batch in activations])
-    keep_above = min(keep_above, _SINK * float(np.median(norms)))
+    keep_above = min(keep_above, SINK_NORM * float(np.median(norms)))
     found = dict(evaluate(sae, activations).as_dict())
     with advancing("Judging the model's loss", N_PASSES * held_out.size) as advance:
         losses = splice_losses(
-            model, held_out, sae, site=site, layer=layer, keep_above=keep_above, batch_size=_ROWS, advance=advance
+            model, held_out, sae, site=site, layer=layer, keep_above=keep_above, batch_size=BATCH_ROWS, advance=advance
         )
     found |= losses.as_dict()
     found |= dictionary_structure(sae).as_dict()

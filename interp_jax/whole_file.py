@@ -3,12 +3,42 @@
 The content goes to a temporary file in the same folder, is synced to the disk, and takes the file's place by a rename.
 """
 
+import contextlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, cast
 
-__all__ = ["write_whole"]
+__all__ = ["open_whole", "write_whole"]
+
+
+@contextlib.contextmanager
+def open_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to that takes its place when the block ends, and is as it was before if the block raises.
+
+    Args:
+        path: the file; one that is there is replaced. Its folder is made where it is missing.
+
+    Yields:
+        The file, which can be read and sought in as well.
+
+    Raises:
+        OSError: if it cannot be written, since the disk is full for instance. Nothing of it is left then.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's files are private; these are there to be read
+        os.replace(temporary, path)
+    except BaseException:  # an interruption too must leave nothing behind
+        os.unlink(temporary)
+        raise
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | str | Iterable[bytes]) -> pathlib.Path:
@@ -25,18 +55,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str | Iterable[by
     Raises:
         OSError: if it cannot be written, since the disk is full for instance. Nothing of it is left then.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            content = content.encode() if isinstance(content, str) else content
-            file.writelines([content] if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are private; these are there to be read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    content = content.encode() if isinstance(content, str) else content
+    with open_whole(path) as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
+    return pathlib.Path(path)

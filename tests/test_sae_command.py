@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import interp_jax as ij
-from interp_jax import sae_command
+from interp_jax.activations import model_and_rows
 from interp_jax.activations.wikipedia import articles
 from interp_jax.sae import JumpReLUSAE, TopKSAE, load_sae
 from interp_jax.sae_command import TrainOptions, from_file, main
@@ -204,7 +204,7 @@ def test_what_cannot_be_trained_is_told(text, tmp_path, more, message):
 
 
 def test_mistakes_are_told_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(sae_command, "load", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(model_and_rows, "load", lambda name: pytest.fail("the model was loaded"))
     (tmp_path / "options.yaml").write_text("d_out: 128")
     with pytest.raises(ValueError, match="reads one site"):
         main(["train", *SMALL, "--config", str(tmp_path / "options.yaml")])

@@ -16,7 +16,8 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -70,9 +71,9 @@ def store_rows(folder: pathlib.Path, sizes: argparse.Namespace) -> list[Row]:
     def read_rows() -> None:
         ActivationStore.open(folder / "store", verify=True)
 
-    def from_disk(read: functools.partial[None] | object, path: pathlib.Path) -> None:
+    def from_disk(read: Callable[[], Any], path: pathlib.Path) -> None:
         forget(path)
-        read()  # pyright: ignore[reportCallIssue]
+        read()
 
     copy = functools.partial(shutil.copyfile, source, copied)
     written, copied_s = seconds([write, functools.partial(synced, copy, copied)], sizes.rounds)
@@ -111,9 +112,9 @@ def waiting(store: ActivationStore, sizes: argparse.Namespace) -> tuple[float, f
         return batches.waited_s - at_first[1], end - at_first[0]
 
 
-def synced(write: object, path: pathlib.Path) -> None:
+def synced(write: Callable[[], Any], path: pathlib.Path) -> None:
     """Writes a file, and waits until it is on the disk."""
-    write()  # pyright: ignore[reportCallIssue]
+    write()
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

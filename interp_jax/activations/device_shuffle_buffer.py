@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from interp_jax.activations.shuffle_buffer import check_same_sizes, check_sizes
+
 __all__ = ["DeviceShuffleBuffer"]
 
 
@@ -31,11 +33,7 @@ class DeviceShuffleBuffer:
         Raises:
             ValueError: if `capacity` is less than twice `batch_size`.
         """
-        if batch_size < 1 or capacity < 2 * batch_size:
-            raise ValueError(
-                f"capacity {capacity} with batch_size {batch_size}: expected a positive batch_size and at "
-                "least twice as many rows in the buffer; it mixes well from about twenty times."
-            )
+        check_sizes(capacity, batch_size)
         self.capacity = capacity
         self.batch_size = batch_size
         self.n_taken = 0
@@ -96,12 +94,7 @@ class DeviceShuffleBuffer:
         Raises:
             ValueError: if it is from a buffer of another capacity or batch size.
         """
-        found = state_dict["capacity"], state_dict["batch_size"]
-        if found != (self.capacity, self.batch_size):
-            raise ValueError(
-                f"the state is from a buffer of capacity {found[0]} and batch_size {found[1]}; this one has "
-                f"{self.capacity} and {self.batch_size}."
-            )
+        check_same_sizes(state_dict, self.capacity, self.batch_size)
         self.n_taken = state_dict["n_taken"]
         self._random.bit_generator.state = state_dict["random"]
         self._filled, self._free = state_dict["filled"], state_dict["free"]

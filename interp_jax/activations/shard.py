@@ -264,6 +264,7 @@ class ShardArrays:
             return f"is damaged: {error}"
         except OSError as error:
             return f"is damaged: {error.strerror}"
+        # Norms of the same rows in another order: only the last bits of the sums may differ.
         if not np.allclose(norms_of(rows)[self.summary.positions], self.summary.norms, rtol=1e-5, atol=0.0):
             return "was altered since it was written: its rows are not those of its summary"
         return ""

@@ -4,24 +4,18 @@ The buffer is filled, mixed, and served from until half of it is left; then it i
 thus meets rows from the whole buffer, and a batch seldom holds two neighbours if the buffer is many times longer than a
 text. Where everything fits on the disk, `ActivationStore.shuffled` mixes perfectly; this is for streams that do not.
 
-The order is a function of the seed and the source. `save` and `restore` carry it over an interruption: rows, random
-state and how many batches of the source were taken, so that the source can be started from there.
+The order is a function of the seed and the source. `state_dict` and `load_state_dict` carry it over an interruption:
+rows, random state and how many batches of the source were taken, so that the source can be started from there.
+`ShuffledStream` joins the two, and `train` keeps its state in each checkpoint.
 """
 
-import json
-import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import Float
 
-from interp_jax.whole_file import write_whole
-
-__all__ = ["ShuffleBuffer"]
+__all__ = ["ShuffleBuffer", "check_same_sizes", "check_sizes"]
 
 
 class ShuffleBuffer:
@@ -38,15 +32,11 @@ class ShuffleBuffer:
         Raises:
             ValueError: if `capacity` is less than twice `batch_size`.
         """
-        if batch_size < 1 or capacity < 2 * batch_size:
-            raise ValueError(
-                f"capacity {capacity} with batch_size {batch_size}: expected a positive batch_size and at "
-                "least twice as many rows in the buffer; it mixes well from about twenty times."
-            )
+        check_sizes(capacity, batch_size)
         self.capacity = capacity
         self.batch_size = batch_size
         self.n_taken = 0
-        """Batches of the source that were taken in; where the source must start after `restore`."""
+        """Batches of the source that were taken in; where the source must start after `load_state_dict`."""
         self._random = np.random.default_rng(seed)
         self._rows: np.ndarray = np.zeros((0, 0), np.float32)
         self._waiting: np.ndarray | None = None
@@ -55,7 +45,8 @@ class ShuffleBuffer:
         """Mixes a stream.
 
         Args:
-            source: `[n, d_in]` arrays of one dtype, of any lengths. After `restore`: those from number `n_taken` on.
+            source: `[n, d_in]` arrays of one dtype, of any lengths. After `load_state_dict`: those from number
+                `n_taken` on.
 
         Yields:
             Batches, each row once. At the source's end the buffer is served empty, but for rows that fill no batch.
@@ -109,8 +100,14 @@ class ShuffleBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the buffer holds, its rows not copied: they are never written over."""
-        facts = self._facts()
-        return {**facts, "rows": self._rows, "waiting": self._waiting}
+        return {
+            "capacity": self.capacity,
+            "batch_size": self.batch_size,
+            "n_taken": self.n_taken,
+            "random": self._random.bit_generator.state,
+            "rows": self._rows,
+            "waiting": self._waiting,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave. Go on with `batches(source from number n_taken on)`.
@@ -121,56 +118,25 @@ class ShuffleBuffer:
         Raises:
             ValueError: if it is from a buffer of another capacity or batch size.
         """
-        self._check_same_sizes(state_dict, "the state")
-        self._take_over(state_dict, state_dict)
+        check_same_sizes(state_dict, self.capacity, self.batch_size)
+        self.n_taken = state_dict["n_taken"]
+        self._random.bit_generator.state = state_dict["random"]
+        self._rows, self._waiting = state_dict["rows"], state_dict["waiting"]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all that the buffer holds; the file is whole or not there.
 
-        Args:
-            path: the file.
-        """
-        arrays = {"rows": np.ascontiguousarray(self._rows)}
-        if self._waiting is not None:
-            arrays["waiting"] = np.ascontiguousarray(self._waiting)
-        metadata = {"shuffle_buffer": json.dumps(self._facts())}
-        write_whole(pathlib.Path(path), safetensors.numpy.save(arrays, metadata))
+def check_sizes(capacity: int, batch_size: int) -> None:
+    """Raises ValueError for sizes that no shuffle buffer can have."""
+    if batch_size < 1 or capacity < 2 * batch_size:
+        raise ValueError(
+            f"capacity {capacity} with batch_size {batch_size}: expected a positive batch_size and at "
+            "least twice as many rows in the buffer; it mixes well from about twenty times."
+        )
 
-    def restore(self, path: str | os.PathLike[str]) -> None:
-        """Takes over what `save` wrote. Go on with `batches(source from number n_taken on)`.
 
-        Args:
-            path: the file.
-
-        Raises:
-            ValueError: if the file is damaged, or from a buffer of another capacity or batch size.
-        """
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                facts = json.loads((file.metadata() or {})["shuffle_buffer"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (safetensors.SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} does not hold a whole shuffle buffer ({error}).") from None
-        self._check_same_sizes(facts, str(path))
-        self._take_over(facts, arrays)
-
-    def _facts(self) -> dict[str, Any]:
-        """All but the rows."""
-        return {
-            "capacity": self.capacity,
-            "batch_size": self.batch_size,
-            "n_taken": self.n_taken,
-            "random": self._random.bit_generator.state,
-        }
-
-    def _check_same_sizes(self, facts: dict[str, Any], what: str) -> None:
-        if (facts["capacity"], facts["batch_size"]) != (self.capacity, self.batch_size):
-            raise ValueError(
-                f"{what} is from a buffer of capacity {facts['capacity']} and batch_size {facts['batch_size']}; "
-                f"this one has {self.capacity} and {self.batch_size}."
-            )
-
-    def _take_over(self, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
-        self.n_taken = facts["n_taken"]
-        self._random.bit_generator.state = facts["random"]
-        self._rows, self._waiting = arrays["rows"], arrays.get("waiting")
+def check_same_sizes(state: dict[str, Any], capacity: int, batch_size: int) -> None:
+    """Raises ValueError for the state of a buffer of other sizes."""
+    if (state["capacity"], state["batch_size"]) != (capacity, batch_size):
+        raise ValueError(
+            f"the state is from a buffer of capacity {state['capacity']} and batch_size {state['batch_size']}; "
+            f"this one has {capacity} and {batch_size}."
+        )

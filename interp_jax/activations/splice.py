@@ -23,7 +23,10 @@ from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_losses
 
-__all__ = ["is_sink", "mean_loss", "splice", "substituted", "unheaded"]
+__all__ = ["SINK_NORM", "is_sink", "mean_loss", "splice", "substituted", "unheaded"]
+
+SINK_NORM = 3.0
+"""Activations of more than so many times the median norm are taken for sinks where nothing else is said."""
 
 Replace = Callable[..., Array]
 """`replace(value, *args) -> value`, both `[batch, seq, d_in]`; a value per head is flattened to d_in."""

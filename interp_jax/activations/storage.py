@@ -16,6 +16,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from interp_jax.disk_room import check_room, free_bytes, in_words
 from interp_jax.whole_file import write_whole
 
 __all__ = ["Storage"]
@@ -152,8 +153,7 @@ class Storage:
         """Bytes that are free; None where nobody can know, as in a bucket."""
         if self.folder is None:
             return None
-        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        return shutil.disk_usage(existing).free
+        return free_bytes(self.folder)
 
     def check_room(self, n_bytes: int, what: str) -> None:
         """Makes sure that there is room.
@@ -165,9 +165,8 @@ class Storage:
         Raises:
             OSError: if there is not; it says how much is needed and how much is free.
         """
-        free = self.free()
-        if free is not None and free < n_bytes + _SPARE:
-            raise OSError(errno.ENOSPC, f"{self} has {_size(free)} free, and {what} needs {_size(n_bytes + _SPARE)}.")
+        if self.folder is not None:  # nobody knows the room in a bucket
+            check_room(self.folder, n_bytes, what, spare=_SPARE)
 
     def failure(self, key: str, n_bytes: int, error: Exception) -> OSError:
         """The error of a value that could not be written.
@@ -178,7 +177,7 @@ class Storage:
             error: what TensorStore says.
         """
         free = self.free()
-        room = "" if free is None else f"; it needs {_size(n_bytes)}, and {_size(free)} are free"
+        room = "" if free is None else f"; it needs {in_words(n_bytes)}, and {in_words(free)} are free"
         number = errno.ENOSPC if free is not None and free < n_bytes + _SPARE else errno.EIO
         return OSError(number, f"{self.path(key)} cannot be written{room}: {error}")
 
@@ -200,7 +199,3 @@ def _write_new_file(path: pathlib.Path, value: bytes) -> None:
 
 def _as_folder(path: str) -> str:
     return path if path.endswith("/") or not path else f"{path}/"
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f} MB"

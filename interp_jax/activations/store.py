@@ -40,14 +40,15 @@ from jaxtyping import Bool, Float, Int
 from interp_jax.activations.shard import Filling, PendingShard, Shard, ShardArrays, norms_of, start_writing
 from interp_jax.activations.storage import Storage
 
-__all__ = ["ActivationStore", "Statistics"]
+__all__ = ["SHARD_BYTES", "ActivationStore", "Statistics"]
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _CHUNK_BYTES = 1 << 19
 """What is read at a time: a request to a bucket is worth its while, and the rows are from many prompts all the same."""
-_SHARD_BYTES = 1 << 26
+SHARD_BYTES = 1 << 26
+"""Of a shard, about: fewer syncs than shards of a few megabytes, and little lost in a kill."""
 _WRITTEN_AT_ONCE = 2
 """Shards: one reaches the disk while the next is encoded."""
 _HELD_BYTES = 1 << 27
@@ -222,7 +223,7 @@ class ActivationStore:
                 "ActivationStore(..., part=(number, count))."
             )
         if shard_rows is None:
-            shard_rows = max(1, _SHARD_BYTES // self._row_bytes)
+            shard_rows = max(1, SHARD_BYTES // self._row_bytes)
         chunk_rows = max(1, _CHUNK_BYTES // self._row_bytes)
         self.storage.tidy(_part_folder(self._parts[0]))
         self._write_manifest(finished=False)  # which also forgets what is damaged

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from interp_jax.activations.store import ActivationStore
+from interp_jax.activations.store import SHARD_BYTES, ActivationStore
 from interp_jax.activations.stream import Site, stream_sites
 from interp_jax.instrument import SiteError, list_sites
 from interp_jax.models.language_model import LanguageModel
@@ -26,7 +26,6 @@ from interp_jax.progress import advancing, note
 __all__ = ["site_folder", "store_activations", "store_sites"]
 
 _FLOAT32 = 4
-_SHARD_BYTES = 1 << 26
 
 
 def store_activations(
@@ -150,10 +149,11 @@ def _stored(
     else:
         per_batch = batch_rows * (context - 1)
         for site, store in stores.items():
-            left = (n_batches - store.n_batches) * per_batch * widths[site] * _FLOAT32
-            store.storage.check_room(left, f"{(n_batches - store.n_batches) * per_batch:,} activations still to come")
+            left = (n_batches - store.n_batches) * per_batch
+            what = f"what is still to come, {left:,} activations,"
+            store.storage.check_room(left * widths[site] * _FLOAT32, what)
         # All stores close their shards at the same batches, so that none is far ahead of another after a kill.
-        shard_batches = max(1, _SHARD_BYTES // (per_batch * max(widths.values()) * _FLOAT32))
+        shard_batches = max(1, SHARD_BYTES // (per_batch * max(widths.values()) * _FLOAT32))
         batches = rows.reshape(n_all, batch_rows, context)[first + done : last]
         stream = stream_sites(model.forward, model.params, batches, sites=list(places), skip_first=1)
         what = " and ".join(f"{name} of layer {layer}" if layer is not None else name for layer, name in places)

@@ -9,8 +9,6 @@ dictionary would be judged on text that it has as good as seen.
 """
 
 import os
-import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from interp_jax.models.tokenizer import Tokenizer
+from interp_jax.whole_file import open_whole
 
 __all__ = ["pack", "pack_file", "split_documents", "stream_rows"]
 
@@ -89,28 +88,17 @@ def pack_file(
         ValueError: when `context` is under 2, or the documents do not fill one row.
         OSError: if the file cannot be written.
     """
-    path = pathlib.Path(path)
     blocks = _blocks(documents, tokenizer, context)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            n_rows = 0
-            _write_header(file, n_rows, context)
-            for block in blocks:
-                file.write(np.ascontiguousarray(block, "<i4").data)
-                n_rows += len(block)
-            if n_rows == 0:
-                raise _no_row(context, "the documents")
-            file.seek(0)
-            _write_header(file, n_rows, context)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are private; this one is there to be read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with open_whole(path) as file:
+        n_rows = 0
+        _write_header(file, n_rows, context)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, "<i4").data)
+            n_rows += len(block)
+        if n_rows == 0:
+            raise _no_row(context, "the documents")
+        file.seek(0)
+        _write_header(file, n_rows, context)
     return np.load(path, mmap_mode="r")
 
 

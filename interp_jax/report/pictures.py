@@ -17,15 +17,17 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float
 from markupsafe import Markup, escape
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
+from interp_jax.report.coding_point import CodingPoint
 from interp_jax.report.demo_report import DictionaryScore, TrainingCurve
 
-__all__ = ["density_histogram", "score_against_l0", "training_curve"]
+__all__ = ["codes_by_codes", "coding_frontier", "density_histogram", "score_against_l0", "training_curve"]
 
 _INK, _MUTED, _RULE, _FIRST, _SECOND, _GROUND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 _VARIABLES = {
@@ -36,6 +38,7 @@ _VARIABLES = {
     _SECOND: "var(--second)",
     _GROUND: "var(--ground)",
 }
+_WAYS = (("*", "none"), ("s", ":"), ("o", "-"), ("D", "--"))
 _SERIES = ((_FIRST, "o"), (_SECOND, "D"), (_INK, "s"), (_MUTED, "^"))
 
 _STYLE: dict[Any, Any] = {
@@ -129,6 +132,61 @@ def score_against_l0(scores: Sequence[DictionaryScore], quantity: str, label: st
         return _svg(figure, f"points-{quantity.replace('_', '-')}", f"Points: {label} against L0. {spoken}.")
 
 
+def coding_frontier(points: Sequence[CodingPoint]) -> Markup:
+    """Loss recovered against L0: a line a dictionary and way of coding.
+
+    Args:
+        points: the points.
+
+    Returns:
+        An `<svg>` element.
+    """
+    dictionaries = list(dict.fromkeys(point.dictionary for point in points))
+    ways = list(dict.fromkeys(point.way for point in points))
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("L0 (latents a token)", "loss recovered (1 clean, 0 zero-ablated)", (7.6, 4.4))
+        for dictionary, way in dict.fromkeys((point.dictionary, point.way) for point in points):
+            these = sorted((p.l0, p.recovered) for p in points if (p.dictionary, p.way) == (dictionary, way))
+            marker, line = _WAYS[ways.index(way) % len(_WAYS)]
+            number = dictionaries.index(dictionary)
+            color = _SERIES[number][0] if number < 2 else f"C{number % 10}"
+            x, y = np.array(these).T
+            axes.plot(x, y, marker=marker, linestyle=line, color=color, markersize=5)
+            axes.lines[-1].set_label(_short(f"{dictionary}: {way}"))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        legend = axes.legend(fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        return _svg(figure, "coding-frontier", "Lines: loss recovered against L0. The table holds the numbers.")
+
+
+def codes_by_codes(
+    encoded: Float[np.ndarray, "latents tokens"], pursued: Float[np.ndarray, "latents tokens"], latents: Sequence[int]
+) -> Markup:
+    """Codes by pursuit against codes by the encoder, a panel a latent, tokens where either is active.
+
+    Args:
+        encoded: by the encoder.
+        pursued: by pursuit.
+        latents: their numbers.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, panels = _panels(len(latents), "by the encoder", "by pursuit", (2.4 * len(latents), 2.8))
+        for axes, latent, by_encoder, by_pursuit in zip(panels, latents, encoded, pursued, strict=True):
+            is_active = (by_encoder > 0) | (by_pursuit > 0)
+            most = max(float(by_encoder.max(initial=0)), float(by_pursuit.max(initial=0)), 1e-6)
+            axes.plot([0, most], [0, most], color=_MUTED, linewidth=0.8)
+            x, y = by_encoder[is_active], by_pursuit[is_active]
+            axes.plot(x, y, linestyle="none", marker="o", markersize=2.5, color=_FIRST, markeredgewidth=0)
+            axes.set_title(f"latent {latent}: {int(is_active.sum())} tokens", fontsize=9)
+        label = f"Points: codes by pursuit against codes by the encoder, of latents {', '.join(map(str, latents))}."
+        return _svg(figure, "codes-by-codes", label)
+
+
 def density_histogram(densities: Sequence[float]) -> Markup:
     """How often latents are active: a histogram of log10 density over the latents that are active at all.
 
@@ -156,15 +214,22 @@ def density_histogram(densities: Sequence[float]) -> Markup:
         return _svg(figure, "density-histogram", label)
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.8, 3.1), layout="constrained")
-    figure.patch.set_alpha(0.0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0.0)
-    axes.set_xlabel(_short(x_label), parse_math=False)
-    axes.set_ylabel(_short(y_label), parse_math=False)
-    axes.grid(visible=True, which="major")
+def _axes(x_label: str, y_label: str, size: tuple[float, float] = (4.8, 3.1)) -> tuple[Figure, Axes]:
+    figure, (axes,) = _panels(1, x_label, y_label, size)
     return figure, axes
+
+
+def _panels(n: int, x_label: str, y_label: str, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """Axes side by side, of which the first says what is upwards."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.patch.set_alpha(0.0)
+    panels = list(figure.subplots(1, n, squeeze=False)[0])
+    for axes in panels:
+        axes.patch.set_alpha(0.0)
+        axes.set_xlabel(_short(x_label), parse_math=False)
+        axes.grid(visible=True, which="major")
+    panels[0].set_ylabel(_short(y_label), parse_math=False)
+    return figure, panels
 
 
 def _short(label: str, most: int = 44) -> str:

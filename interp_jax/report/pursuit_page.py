@@ -3,15 +3,17 @@
 It stands alone, opens without a network, and all text in it is escaped: a token may be `<script>`.
 """
 
-import base64
 import dataclasses
 import importlib.resources
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import numpy as np
+from jaxtyping import Float
 
-from interp_jax.report.frontier import CodingPoint
+from interp_jax.report import pictures
+from interp_jax.report.coding_point import CodingPoint
 
 __all__ = ["CodedToken", "LatentCode", "pursuit_page", "side_by_side"]
 
@@ -58,8 +60,9 @@ def pursuit_page(
     clean: float,
     zero: float,
     points: Sequence[CodingPoint],
-    frontier: bytes,
-    scatter: bytes,
+    encoded: Float[np.ndarray, "latents tokens"],
+    pursued: Float[np.ndarray, "latents tokens"],
+    latents: Sequence[int],
     first: str,
     k: int,
     texts: Sequence[Sequence[CodedToken]],
@@ -71,9 +74,10 @@ def pursuit_page(
         clean: the model's loss, nats a token.
         zero: its loss with the activation set to zero.
         points: each dictionary with each way of coding.
-        frontier: a PNG file.
-        scatter: a PNG file.
-        first: the dictionary whose codes are shown.
+        encoded: codes by the encoder of some latents of the first dictionary.
+        pursued: codes by pursuit of the same.
+        latents: their numbers.
+        first: that dictionary's name.
         k: how many latents a token they have.
         texts: tokens with their codes.
     """
@@ -84,13 +88,9 @@ def pursuit_page(
         clean=clean,
         zero=zero,
         points=points,
-        frontier=_as_data(frontier),
-        scatter=_as_data(scatter),
+        frontier=pictures.coding_frontier(points),
+        scatter=pictures.codes_by_codes(encoded, pursued, latents),
         first=first,
         k=k,
         texts=texts,
     )
-
-
-def _as_data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from interp_jax.sae.column_sums import over_rows
 
 __all__ = [
+    "Batch",
     "Outcome",
     "SparseAutoencoder",
     "Sparsity",
@@ -50,6 +51,25 @@ class Sparsity(NamedTuple):
     """Whether L1 counts a code times the norm of its dictionary row; without it rows must be held to a norm."""
     l0_target: float | None = None
     """JumpReLU: the penalty is `(l0 / l0_target - 1)^2`, not the L0."""
+
+
+class Batch(NamedTuple):
+    """What one step is trained on."""
+
+    x: Float[Array, "batch d_in"]
+    """Activations."""
+    target: Float[Array, "batch d_out"]
+    """What is to be reconstructed: `x`, but for a transcoder."""
+    row_weights: Float[Array, "batch"]
+    """Weight of each row's error."""
+
+    def squared_error(self, error: Float[Array, "*prefixes batch d_out"]) -> Float[Array, "*prefixes"]:
+        """The weighted mean over rows of an error's square.
+
+        Args:
+            error: target less output.
+        """
+        return jnp.mean(self.row_weights * jnp.sum(jnp.square(error), axis=-1), axis=-1)
 
 
 class Outcome(NamedTuple):
@@ -190,42 +210,26 @@ class SparseAutoencoder(nnx.Module):
         return self.decode(self.encode(x)) + self.skipped(x)
 
     @abc.abstractmethod
-    def objective(
-        self,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
-    ) -> Outcome:
+    def objective(self, batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None) -> Outcome:
         """What training minimises, with what it is made of; differentiable with respect to the autoencoder, not to x.
 
         Args:
-            x: activations.
-            target: what is to be reconstructed: `x`, but for a transcoder.
-            row_weights: weight of each row's error.
+            batch: what the step is trained on.
             sparsity: strength and form of the penalty.
             mesh: what the arrays lie on (`interp_jax.sae.mesh`); None where that is one device.
         """
 
     def objective_and_gradient(
-        self: S,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
+        self: S, batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None
     ) -> tuple[Outcome, S]:
         """What training minimises, and its gradient by the autoencoder's parameters.
 
         Args:
-            x: activations.
-            target: what is to be reconstructed: `x`, but for a transcoder.
-            row_weights: weight of each row's error.
+            batch: what the step is trained on.
             sparsity: strength and form of the penalty.
             mesh: what the arrays lie on; None where that is one device.
         """
-        return with_gradient(lambda sae: sae.objective(x, target, row_weights, sparsity, mesh), self)
+        return with_gradient(lambda sae: sae.objective(batch, sparsity, mesh), self)
 
     def replace(self: S, **arrays: Any) -> S:
         """A copy with other arrays.

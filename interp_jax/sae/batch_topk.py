@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
+from interp_jax.sae.autoencoder import Batch, Outcome, SparseAutoencoder, Sparsity, random_arrays
 from interp_jax.sae.kth_largest import LargestPairs, largest_pairs
 from interp_jax.sae.sparse_pairs import decode_largest_on_mesh, decode_pairs
 from interp_jax.sae.topk import check_k
@@ -76,22 +76,16 @@ class BatchTopKSAE(SparseAutoencoder):
         fixed, x = jax.lax.stop_gradient((self, x))
         return largest_pairs(fixed.pre_activations(x), len(x) * self.k)
 
-    def objective(
-        self,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
-    ) -> Outcome:
+    def objective(self, batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None) -> Outcome:
         """Squared error; see `SparseAutoencoder.objective`. k alone makes the codes sparse."""
+        x = batch.x
         if mesh is None:
             pairs = self.batch_pairs(x)
             decoded, firings = decode_pairs(self, x, pairs, pairs.rows, len(x))
         else:
             (decoded,), firings, pairs = decode_largest_on_mesh(self, x, len(x) * self.k, (self.d_sae,), mesh)
-        error = target - (decoded + self.b_dec[...] + self.skipped(x))
-        squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
+        error = batch.target - (decoded + self.b_dec[...] + self.skipped(x))
+        squared_error = batch.squared_error(error)
         return Outcome(squared_error, squared_error, error, firings, least_kept(pairs))
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from interp_jax.disk_room import check_room, free_bytes, in_words
 from interp_jax.sae.nested_state import NestedState, read_nested_state
 from interp_jax.whole_file import write_whole
 
@@ -141,10 +142,10 @@ class CheckpointWriter:
                 _remove([path])  # half a checkpoint is of no use, and the disk may be full
             whole = newest_checkpoint(self._directory)
             kept = "There is no whole checkpoint." if whole is None else f"The newest whole checkpoint is {whole}."
-            free = shutil.disk_usage(self._directory).free
+            free = free_bytes(self._directory)
             raise OSError(
-                f"checkpoint {path} could not be written: it takes up to {_sized(needed)}, and "
-                f"{_sized(free)} are free. {kept} Make room, and go on with resume. ({_first_line(error)})"
+                f"checkpoint {path} could not be written: it takes up to {in_words(needed)}, and "
+                f"{in_words(free)} are free. {kept} Make room, and go on with resume. ({_first_line(error)})"
             ) from error
 
 
@@ -242,25 +243,6 @@ def bytes_of(state: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def check_room(directory: pathlib.Path, needed: int, what: str) -> None:
-    """Refuses to write what the disk has no room for.
-
-    Args:
-        directory: a folder on it.
-        needed: bytes.
-        what: what is to be written.
-
-    Raises:
-        OSError: if fewer bytes are free.
-    """
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(
-            f"{what} takes up to {_sized(needed)}, and {_sized(free)} are free where {directory} is. Nothing "
-            "that was written is lost. Make room, or write elsewhere."
-        )
-
-
 def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths, `sae.W_dec`, as names."""
     paths, _ = jax.tree.flatten_with_path(tree)
@@ -331,10 +313,6 @@ def _data_path(path: pathlib.Path, process: int) -> pathlib.Path:
 def _write_data(path: pathlib.Path, data: NestedState | None) -> None:
     if data is not None:
         data.write(_data_path(path, jax.process_index()))
-
-
-def _sized(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _first_line(error: BaseException) -> str:

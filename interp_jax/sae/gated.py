@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, Sparsity, random_arrays
+from interp_jax.sae.autoencoder import Batch, Outcome, Sparsity, random_arrays
 from interp_jax.sae.penalised import PenalisedSAE
 from interp_jax.sae.relu import dense_outcome, l1, sparse_l1, sparse_outcome
 from interp_jax.sae.sparse_pairs import SparsePairs, decode_at, per_latent_at
@@ -99,38 +99,22 @@ class GatedSAE(PenalisedSAE):
         return jnp.zeros(self.d_sae)
 
     def dense_objective(
-        self,
-        pre: Float[Array, "batch d_sae"],
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
+        self, pre: Float[Array, "batch d_sae"], batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None
     ) -> Outcome:
         """Squared error, L1 of the gates and their own reconstruction; see `PenalisedSAE.dense_objective`."""
         codes, opened = self._codes(pre), jax.nn.relu(pre)
         frozen = jax.tree.map(jax.lax.stop_gradient, self)
-        auxiliary = _mean_square(target - (frozen.decode(opened) + frozen.skipped(x)), row_weights)
-        return dense_outcome(self, codes, x, target, row_weights, l1(self, opened, sparsity) + auxiliary, mesh)
+        auxiliary = batch.squared_error(batch.target - (frozen.decode(opened) + frozen.skipped(batch.x)))
+        return dense_outcome(self, codes, batch, l1(self, opened, sparsity) + auxiliary, mesh)
 
     def sparse_objective(
-        self,
-        pre: Float[Array, "pairs"],
-        pairs: SparsePairs,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
+        self, pre: Float[Array, "pairs"], pairs: SparsePairs, batch: Batch, sparsity: Sparsity
     ) -> Outcome:
         """Squared error, L1 of the gates and their own reconstruction; see `PenalisedSAE.sparse_objective`."""
         scale, offset = (per_latent_at(parameter, pairs) for parameter in self._scale_and_offset())
         codes = jnp.where(pairs.is_active, self._magnitudes(pre, scale, offset), 0)
         frozen = jax.tree.map(jax.lax.stop_gradient, self)
-        alone = decode_at(pre, frozen.W_dec[...], pairs) + frozen.b_dec[...] + frozen.skipped(x)
-        auxiliary = _mean_square(target - alone, row_weights)
-        penalty = sparse_l1(self, pre, pairs, sparsity, len(x)) + auxiliary
-        return sparse_outcome(self, codes, pairs, x, target, row_weights, penalty)
-
-
-def _mean_square(error: Float[Array, "batch d_out"], row_weights: Float[Array, "batch"]) -> Float[Array, ""]:
-    return jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
+        alone = decode_at(pre, frozen.W_dec[...], pairs) + frozen.b_dec[...] + frozen.skipped(batch.x)
+        auxiliary = batch.squared_error(batch.target - alone)
+        penalty = sparse_l1(self, pre, pairs, sparsity, len(batch.x)) + auxiliary
+        return sparse_outcome(self, codes, pairs, batch, penalty)

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, Sparsity, random_arrays
+from interp_jax.sae.autoencoder import Batch, Outcome, Sparsity, random_arrays
 from interp_jax.sae.column_sums import over_rows
 from interp_jax.sae.penalised import PenalisedSAE
 from interp_jax.sae.relu import dense_outcome, sparse_outcome
@@ -113,28 +113,16 @@ class JumpReLUSAE(PenalisedSAE):
         return self.thresholds() - self.bandwidth / 2
 
     def dense_objective(
-        self,
-        pre: Float[Array, "batch d_sae"],
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
+        self, pre: Float[Array, "batch d_sae"], batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None
     ) -> Outcome:
         """Squared error plus L0; see `PenalisedSAE.dense_objective`."""
         thresholds = self.thresholds()
         codes = jump_relu(pre, thresholds, self.bandwidth)
         l0 = jnp.sum(jnp.mean(is_above(pre, thresholds, self.bandwidth), axis=0))
-        return dense_outcome(self, codes, x, target, row_weights, _penalty(l0, sparsity), mesh)
+        return dense_outcome(self, codes, batch, _penalty(l0, sparsity), mesh)
 
     def sparse_objective(
-        self,
-        pre: Float[Array, "pairs"],
-        pairs: SparsePairs,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
+        self, pre: Float[Array, "pairs"], pairs: SparsePairs, batch: Batch, sparsity: Sparsity
     ) -> Outcome:
         """Squared error plus L0; see `PenalisedSAE.sparse_objective`."""
         thresholds = per_latent_at(self.thresholds(), pairs)
@@ -142,8 +130,8 @@ class JumpReLUSAE(PenalisedSAE):
             jnp.where(pairs.is_active, of_pairs(pre, thresholds, self.bandwidth), 0)
             for of_pairs in (jump_relu, is_above)
         )
-        penalty = _penalty(jnp.sum(above) / len(x), sparsity)
-        return sparse_outcome(self, codes, pairs, x, target, row_weights, penalty)
+        penalty = _penalty(jnp.sum(above) / len(batch.x), sparsity)
+        return sparse_outcome(self, codes, pairs, batch, penalty)
 
     def in_units(self, input_scale: Float[Array, ""], output_scale: Float[Array, ""]) -> "JumpReLUSAE":
         """The autoencoder for unscaled activations; see `SparseAutoencoder.in_units`."""

@@ -13,9 +13,9 @@ import itertools
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, Sparsity, random_arrays
+from interp_jax.sae.autoencoder import Batch, Outcome, Sparsity, random_arrays
 from interp_jax.sae.batch_topk import BatchTopKSAE, least_kept
 from interp_jax.sae.sparse_pairs import decode_largest_on_mesh, decode_pairs
 
@@ -56,15 +56,9 @@ class MatryoshkaSAE(BatchTopKSAE):
         zeros = {name: jnp.zeros(d_sae) for name in ("b_enc", "threshold")}
         return cls(k=k, widths=widths, **zeros, **random_arrays(d_in, d_sae, key=key, **shape))
 
-    def objective(
-        self,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
-    ) -> Outcome:
+    def objective(self, batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None) -> Outcome:
         """The mean over prefixes of the squared error; see `SparseAutoencoder.objective`."""
+        x = batch.x
         if mesh is None:
             pairs = self.batch_pairs(x)
             segment = jnp.searchsorted(jnp.asarray(self.widths), pairs.columns, side="right").astype(jnp.int32)
@@ -74,8 +68,8 @@ class MatryoshkaSAE(BatchTopKSAE):
         else:
             decoded, firings, pairs = decode_largest_on_mesh(self, x, len(x) * self.k, self.widths, mesh)
         outputs = jnp.cumsum(decoded, axis=0) + self.b_dec[...] + self.skipped(x)
-        errors = target - outputs
-        squared = jnp.mean(row_weights * jnp.sum(jnp.square(errors), axis=2), axis=1)
+        errors = batch.target - outputs
+        squared = batch.squared_error(errors)
         return Outcome(jnp.mean(squared), squared[-1], errors[-1], firings, least_kept(pairs))
 
 

@@ -3,9 +3,9 @@
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 
+from interp_jax.disk_room import free_bytes, in_words
 from interp_jax.whole_file import write_whole
 
 __all__ = ["Line", "Logger", "MetricsLog"]
@@ -63,8 +63,7 @@ def _append(path: pathlib.Path, text: str) -> None:
         except OSError as error:
             reason = error.strerror or str(error)
         os.ftruncate(file.fileno(), before)
-    free = shutil.disk_usage(path.parent).free
     raise OSError(
-        f"a line of {len(content)} bytes could not be written to {path} ({reason}; {free:,} are free). The lines "
-        "before it stay, and so do the checkpoints. Make room, and go on with resume."
+        f"a line of {len(content)} bytes could not be written to {path} ({reason}; {in_words(free_bytes(path))} are "
+        "free). The lines before it stay, and so do the checkpoints. Make room, and go on with resume."
     )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, known_affine, with_gradient
+from interp_jax.sae.autoencoder import Batch, Outcome, SparseAutoencoder, Sparsity, known_affine, with_gradient
 from interp_jax.sae.encoder_gradients import sparse_weights
 from interp_jax.sae.sparse_pairs import SparsePairs, first_pairs, pre_activations_at
 from interp_jax.sae.true_places import true_places
@@ -48,88 +48,59 @@ class PenalisedSAE(SparseAutoencoder):
 
     @abc.abstractmethod
     def dense_objective(
-        self,
-        pre: Float[Array, "batch d_sae"],
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
+        self, pre: Float[Array, "batch d_sae"], batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None
     ) -> Outcome:
         """`objective`, of the encoder's output.
 
         Args:
             pre: the encoder's output before its nonlinearity.
-            x: activations.
-            target: what is to be reconstructed.
-            row_weights: weight of each row's error.
+            batch: what the step is trained on.
             sparsity: strength and form of the penalty.
             mesh: what the arrays lie on; None where that is one device.
         """
 
     @abc.abstractmethod
     def sparse_objective(
-        self,
-        pre: Float[Array, "pairs"],
-        pairs: SparsePairs,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
+        self, pre: Float[Array, "pairs"], pairs: SparsePairs, batch: Batch, sparsity: Sparsity
     ) -> Outcome:
         """`dense_objective` from the pairs above `floor`, at which alone the encoder's output is given.
 
         Args:
             pre: the encoder's output at the pairs; zero at inactive ones.
             pairs: the pairs.
-            x: activations.
-            target: what is to be reconstructed.
-            row_weights: weight of each row's error.
+            batch: what the step is trained on.
             sparsity: strength and form of the penalty.
         """
 
-    def objective(
-        self,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
-    ) -> Outcome:
+    def objective(self, batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None) -> Outcome:
         """See `SparseAutoencoder.objective`."""
-        return self.dense_objective(self.pre_activations(x), x, target, row_weights, sparsity, mesh)
+        return self.dense_objective(self.pre_activations(batch.x), batch, sparsity, mesh)
 
     def objective_and_gradient(
-        self: P,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
+        self: P, batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None
     ) -> tuple[Outcome, P]:
         """See `SparseAutoencoder.objective_and_gradient`."""
-        if mesh is not None or not _LARGE <= len(x) * self.d_sae < _TOO_LARGE:
-            return with_gradient(lambda sae: sae.objective(x, target, row_weights, sparsity, mesh), self)
+        if mesh is not None or not _LARGE <= len(batch.x) * self.d_sae < _TOO_LARGE:
+            return with_gradient(lambda sae: sae.objective(batch, sparsity, mesh), self)
 
-        def densely(sae: P, coefficient: Array, x: Array, target: Array, row_weights: Array) -> tuple[Outcome, P]:
+        def densely(sae: P, batch: Batch, coefficient: Array) -> tuple[Outcome, P]:
             now = sparsity._replace(coefficient=coefficient)
-            return with_gradient(lambda sae: sae.objective(x, target, row_weights, now), sae)
+            return with_gradient(lambda sae: sae.objective(batch, now), sae)
 
-        def by_count(sae: P, coefficient: Array, x: Array, target: Array, row_weights: Array) -> tuple[Outcome, P]:
-            now = sparsity._replace(coefficient=coefficient)
-            some = sae.pre_activations(x[:_SAMPLE])
+        @jax.custom_batching.sequential_vmap
+        def by_count(sae: P, batch: Batch, coefficient: Array) -> tuple[Outcome, P]:
+            some = sae.pre_activations(batch.x[:_SAMPLE])
             is_sparse = jnp.mean(~(some <= sae.floor())) < 2 / _FEW[-1]
-            dense = functools.partial(densely, sae, coefficient, x, target, row_weights)
-            return jax.lax.cond(is_sparse, lambda: _by_count(sae, x, target, row_weights, now), dense)
+            now = sparsity._replace(coefficient=coefficient)
+            return jax.lax.cond(is_sparse, lambda: _by_count(sae, batch, now), lambda: densely(sae, batch, coefficient))
 
-        given = (self, jnp.asarray(sparsity.coefficient, x.dtype), x, target, row_weights)
-        by_count = jax.custom_batching.sequential_vmap(by_count)
+        given = (self, batch, jnp.asarray(sparsity.coefficient, batch.x.dtype))
         return jax.lax.platform_dependent(*given, cpu=by_count, default=densely)
 
 
-def _by_count(sae: P, x: Array, target: Array, row_weights: Array, sparsity: Sparsity) -> tuple[Outcome, P]:
+def _by_count(sae: P, batch: Batch, sparsity: Sparsity) -> tuple[Outcome, P]:
     """The objective and its gradient by no more pairs than there are, or densely where they are many."""
-    batch, d_sae = len(x), sae.d_sae
+    x, shape = batch.x, (len(batch.x), sae.d_sae)
     pre = sae.pre_activations(x)
     # And not `>`, so that NaN is kept and seen in the loss.
     mask = true_places(~(pre <= sae.floor()))
@@ -137,18 +108,17 @@ def _by_count(sae: P, x: Array, target: Array, row_weights: Array, sparsity: Spa
     def densely() -> tuple[Outcome, P]:
         def objective(sae: P) -> Outcome:
             W_enc, bias, _, shift = sparse_weights(sae)
-            known = known_affine(pre, x, shift, W_enc, bias)
-            return sae.dense_objective(known, x, target, row_weights, sparsity)
+            return sae.dense_objective(known_affine(pre, x, shift, W_enc, bias), batch, sparsity)
 
         return with_gradient(objective, sae)
 
     def sparsely(n_pairs: int) -> tuple[Outcome, P]:
-        pairs = first_pairs(mask, (batch, d_sae), n_pairs)
+        pairs = first_pairs(mask, shape, n_pairs)
         values = jnp.where(pairs.is_active, pre[pairs.rows, pairs.columns], 0)
 
         def objective(sae: P) -> Outcome:
             known = pre_activations_at(sparse_weights(sae), x, values, pairs)
-            return sae.sparse_objective(known, pairs, x, target, row_weights, sparsity)
+            return sae.sparse_objective(known, pairs, batch, sparsity)
 
         return with_gradient(objective, sae)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, random_arrays
+from interp_jax.sae.autoencoder import Batch, Outcome, SparseAutoencoder, Sparsity, random_arrays
 from interp_jax.sae.column_sums import count_positive
 from interp_jax.sae.penalised import PenalisedSAE
 from interp_jax.sae.sparse_pairs import SparsePairs, decode_at, per_latent_at, sum_per_latent
@@ -64,30 +64,18 @@ class ReLUSAE(PenalisedSAE):
         return jnp.zeros(self.d_sae)
 
     def dense_objective(
-        self,
-        pre: Float[Array, "batch d_sae"],
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
+        self, pre: Float[Array, "batch d_sae"], batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None
     ) -> Outcome:
         """Squared error plus L1; see `PenalisedSAE.dense_objective`."""
         codes = jax.nn.relu(pre)
-        return dense_outcome(self, codes, x, target, row_weights, l1(self, codes, sparsity), mesh)
+        return dense_outcome(self, codes, batch, l1(self, codes, sparsity), mesh)
 
     def sparse_objective(
-        self,
-        pre: Float[Array, "pairs"],
-        pairs: SparsePairs,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
+        self, pre: Float[Array, "pairs"], pairs: SparsePairs, batch: Batch, sparsity: Sparsity
     ) -> Outcome:
         """Squared error plus L1; see `PenalisedSAE.sparse_objective`."""
-        penalty = sparse_l1(self, pre, pairs, sparsity, len(x))
-        return sparse_outcome(self, pre, pairs, x, target, row_weights, penalty)
+        penalty = sparse_l1(self, pre, pairs, sparsity, len(batch.x))
+        return sparse_outcome(self, pre, pairs, batch, penalty)
 
 
 def l1(sae: SparseAutoencoder, codes: Float[Array, "batch d_sae"], sparsity: Sparsity) -> Float[Array, ""]:
@@ -125,9 +113,7 @@ def sparse_l1(
 def dense_outcome(
     sae: SparseAutoencoder,
     codes: Float[Array, "batch d_sae"],
-    x: Float[Array, "batch d_in"],
-    target: Float[Array, "batch d_out"],
-    row_weights: Float[Array, "batch"],
+    batch: Batch,
     penalty: Float[Array, ""],
     mesh: Mesh | None = None,
 ) -> Outcome:
@@ -136,14 +122,12 @@ def dense_outcome(
     Args:
         sae: the autoencoder.
         codes: its codes.
-        x: activations.
-        target: what is to be reconstructed.
-        row_weights: weight of each row's error.
+        batch: what the step is trained on.
         penalty: added to the squared error.
         mesh: what the arrays lie on; None where that is one device.
     """
-    error = target - (sae.decode(codes) + sae.skipped(x))
-    squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
+    error = batch.target - (sae.decode(codes) + sae.skipped(batch.x))
+    squared_error = batch.squared_error(error)
     loss = squared_error + penalty
     return Outcome(loss, squared_error, error, count_positive(codes, is_split=mesh is not None), jnp.zeros(()))
 
@@ -152,9 +136,7 @@ def sparse_outcome(
     sae: SparseAutoencoder,
     codes: Float[Array, "pairs"],
     pairs: SparsePairs,
-    x: Float[Array, "batch d_in"],
-    target: Float[Array, "batch d_out"],
-    row_weights: Float[Array, "batch"],
+    batch: Batch,
     penalty: Float[Array, ""],
 ) -> Outcome:
     """`dense_outcome` from codes by (row, latent) pairs.
@@ -163,12 +145,10 @@ def sparse_outcome(
         sae: the autoencoder.
         codes: its codes at the pairs, not negative; zero at inactive ones.
         pairs: the pairs, each in its row's place.
-        x: activations.
-        target: what is to be reconstructed.
-        row_weights: weight of each row's error.
+        batch: what the step is trained on.
         penalty: added to the squared error.
     """
-    error = target - (decode_at(codes, sae.W_dec[...], pairs) + sae.b_dec[...] + sae.skipped(x))
-    squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
+    error = batch.target - (decode_at(codes, sae.W_dec[...], pairs) + sae.b_dec[...] + sae.skipped(batch.x))
+    squared_error = batch.squared_error(error)
     firings = sum_per_latent(jnp.asarray(jax.lax.stop_gradient(codes) > 0, codes.dtype), pairs).astype(jnp.int32)
     return Outcome(squared_error + penalty, squared_error, error, firings, jnp.zeros(()))

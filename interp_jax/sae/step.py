@@ -23,7 +23,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity
+from interp_jax.sae.autoencoder import Batch, Outcome, SparseAutoencoder, Sparsity
 from interp_jax.sae.auxiliary_k import N_REVIVED, auxiliary_loss
 from interp_jax.sae.batch_topk import BatchTopKSAE
 from interp_jax.sae.dead_latents import add_gradient_of_dead
@@ -198,7 +198,7 @@ def step(
     row_weights = _row_weights(config, target)
     warm = jnp.minimum(1, (number + 1) / max(1.0, config.sparsity_warmup_share * config.n_steps))
     sparsity = Sparsity(state.knobs.sparsity * warm, config.is_l1_norm_weighted, config.l0_target)
-    outcome, gradient = sae.objective_and_gradient(x, target, row_weights, sparsity, mesh)
+    outcome, gradient = sae.objective_and_gradient(Batch(x, target, row_weights), sparsity, mesh)
     # What is not a number is not above a threshold either: a transcoder's sparse codes may leave it out.
     loss = jnp.where(jnp.all(jnp.isfinite(x)), outcome.loss, jnp.nan)
     idle = jnp.where(outcome.firings > 0, 0, jnp.minimum(state.idle, 2**30) + len(x)).astype(jnp.int32)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from interp_jax.sae.autoencoder import Outcome, SparseAutoencoder, Sparsity, affine, random_arrays
+from interp_jax.sae.autoencoder import Batch, Outcome, SparseAutoencoder, Sparsity, affine, random_arrays
 from interp_jax.sae.encoder_gradients import SparseWeights, encoder_gradients, sparse_weights
 from interp_jax.sae.grouped_top_k import grouped_top_k
 from interp_jax.sae.latent_sums import LatentGroups, gathered_sum, group_by_latent, sum_by_latent
@@ -95,18 +95,12 @@ class TopKSAE(SparseAutoencoder):
         codes = jnp.zeros((len(flat), self.d_sae), values.dtype).at[rows, indices.reshape(-1, self.k)].set(flat)
         return codes.reshape(*x.shape[:-1], self.d_sae)
 
-    def objective(
-        self,
-        x: Float[Array, "batch d_in"],
-        target: Float[Array, "batch d_out"],
-        row_weights: Float[Array, "batch"],
-        sparsity: Sparsity,
-        mesh: Mesh | None = None,
-    ) -> Outcome:
+    def objective(self, batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None) -> Outcome:
         """Squared error; see `SparseAutoencoder.objective`. k alone makes the codes sparse."""
+        x = batch.x
         output, firings = reconstruct(self, x) if mesh is None else reconstruct_on_mesh(self, x, mesh)
-        error = target - output
-        squared_error = jnp.mean(row_weights * jnp.sum(jnp.square(error), axis=1))
+        error = batch.target - output
+        squared_error = batch.squared_error(error)
         return Outcome(squared_error, squared_error, error, firings, jnp.zeros(()))
 
 

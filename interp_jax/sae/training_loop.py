@@ -21,11 +21,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from interp_jax.disk_room import check_room
 from interp_jax.sae.batch_stream import Batches, BatchStream
 from interp_jax.sae.checkpoint import (
     CheckpointWriter,
     bytes_of,
-    check_room,
     newest_checkpoint,
     remove_checkpoints,
     restore_latest,

@@ -266,7 +266,7 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
     assert process.returncode == 1
     message = process.stderr.splitlines()[-1]
     assert message.startswith("OSError: ")
-    assert "shard_00001 cannot be written; it needs 0.0 MB, and " in message
+    assert "shard_00001 cannot be written; it needs 20.0 kB, and " in message
     assert "are free: " in message
     assert sorted(path.name for path in (tmp_path / "part_00000").iterdir()) == ["manifest.json", "shard_00000"]
     store = opened(tmp_path)
@@ -280,7 +280,9 @@ def test_no_shard_is_begun_without_room_for_it(tmp_path, monkeypatch):
     store.extend(batches(0, 3), shard_rows=20)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(OSError, match=r"has 1.0 MB free, and the next shard, of 21 activations, needs 1.0 MB") as full:
+    with pytest.raises(
+        OSError, match=r"the next shard, of 21 activations, takes up to 1\.0 MB, and 1\.0 MB are free"
+    ) as full:
         store.extend(batches(3), shard_rows=20)
     assert full.value.errno == errno.ENOSPC
     np.testing.assert_array_equal(of_all(ActivationStore.open(tmp_path)), np.concatenate(batches(0, 3)))

@@ -65,7 +65,7 @@ def test_several_sites_are_stored_from_one_pass(model, rows, expected, tmp_path,
 
 
 def test_stores_that_stopped_apart_go_on_together(model, rows, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_SHARD_BYTES", 1)  # a shard a batch
+    monkeypatch.setattr(module, "SHARD_BYTES", 1)  # a shard a batch
     stores = store_sites(model, rows, tmp_path, sites=SITES, batch_rows=4)
     shutil.rmtree(tmp_path / "mlp_act.1" / "part_00000" / "shard_00001")
     shutil.rmtree(tmp_path / "embed" / "part_00000" / "shard_00002")
@@ -93,5 +93,7 @@ def test_a_site_that_is_not_there_and_a_full_disk_are_told_before_anything_is_co
         store_sites(model, rows, tmp_path, sites=[SITES[0], SITES[0]])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(OSError, match=r"has 1.0 MB free, and 180 activations still to come needs 1\.\d MB"):
+    with pytest.raises(
+        OSError, match=r"what is still to come, 180 activations, takes up to 1\.\d MB, and 1\.0 MB are free"
+    ):
         store_activations(model, rows, tmp_path, site="mlp_act", layer=1, batch_rows=4)

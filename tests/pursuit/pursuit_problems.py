@@ -1,6 +1,7 @@
 """Signals and dictionaries that the tests of all pursuits share."""
 
 import numpy as np
+import pytest
 
 
 def problem(seed, batch=6, d_in=24, d_sae=60, active=4, noise=0.05):
@@ -48,3 +49,18 @@ def check_invariants(code, signals, dictionary, *, nonnegative):
     decoded = np.asarray(code.dense(len(dictionary)), np.float64) @ dictionary.astype(np.float64)
     residual = np.linalg.norm(signals.astype(np.float64) - decoded, axis=1)
     np.testing.assert_allclose(code.residual_norm, residual, atol=2e-5 * norms.max())
+
+
+def check_gradients(gradients, arguments, slow_objective):
+    """Derivatives along a random direction of each argument, against central differences of a function in float64.
+
+    A finite difference of float32 numbers would be mostly rounding.
+    """
+    random = np.random.default_rng(1)
+    for position in (0, 1):
+        direction = random.normal(size=arguments[position].shape)
+        moved = [[np.asarray(value, np.float64) for value in arguments] for _ in range(2)]
+        moved[0][position] += 1e-6 * direction
+        moved[1][position] -= 1e-6 * direction
+        expected = (slow_objective(*moved[0]) - slow_objective(*moved[1])) / 2e-6
+        assert np.sum(gradients[position] * direction) == pytest.approx(expected, rel=2e-3, abs=2e-3)

@@ -9,7 +9,7 @@ import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pursuit_problems import KINDS, check_invariants, hard_problem, problem
+from pursuit_problems import KINDS, check_gradients, check_invariants, hard_problem, problem
 from sklearn.linear_model import orthogonal_mp
 
 from interp_jax.pursuit import gradient_pursuit, greedy
@@ -166,15 +166,7 @@ def test_gradients_are_those_of_finite_differences(nonnegative):
         output = dense_pursuit(signals, unit, 5, nonnegative) @ unit
         return np.sum(weighting * output) + np.sum(np.linalg.norm(signals - output, axis=1))
 
-    random = np.random.default_rng(1)
-    for position in (0, 1):
-        direction = random.normal(size=arguments[position].shape)
-        moved = [[np.asarray(value, np.float64) for value in arguments] for _ in range(2)]
-        moved[0][position] += 1e-6 * direction
-        moved[1][position] -= 1e-6 * direction
-        # In float64 on the dense pseudocode: a finite difference of float32 numbers is mostly rounding.
-        expected = (dense_objective(*moved[0]) - dense_objective(*moved[1])) / 2e-6
-        assert np.sum(gradients[position] * direction) == pytest.approx(expected, rel=2e-3, abs=2e-3)
+    check_gradients(gradients, arguments, dense_objective)
 
 
 def test_the_gradient_at_zero_directions_is_finite():

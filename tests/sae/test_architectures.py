@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from interp_jax.sae import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
-from interp_jax.sae.autoencoder import Sparsity, affine
+from interp_jax.sae.autoencoder import Batch, Sparsity, affine
 from interp_jax.sae.column_sums import count_positive
 from interp_jax.sae.kth_largest import kth_largest, largest_pairs
 
@@ -112,7 +112,7 @@ def test_objectives_have_the_values_and_gradients_of_the_dense_formula(kind, sha
     sparsity = Sparsity(0.7, is_norm_weighted=kind in ("relu", "gated"))
 
     def ours(sae):
-        outcome = sae.objective(*batch, sparsity)
+        outcome = sae.objective(Batch(*batch), sparsity)
         return outcome.loss, outcome
 
     (loss, outcome), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(sae)
@@ -136,7 +136,7 @@ def test_jump_relu_has_the_papers_derivatives(kind, l0_target):
     sae, (x, target, weights) = sae_of(kind), batch_of(rows=400)
     coefficient, bandwidth, rows = 0.7, sae.bandwidth, 400
     sparsity = Sparsity(coefficient, l0_target=l0_target)
-    gradient = jax.grad(lambda sae: sae.objective(x, target, weights, sparsity).loss)(sae)
+    gradient = jax.grad(lambda sae: sae.objective(Batch(x, target, weights), sparsity).loss)(sae)
 
     x, target, weights = (np.asarray(array, np.float64) for array in (x, target, weights))
     names = ("W_enc", "W_dec", "b_dec", "b_enc")

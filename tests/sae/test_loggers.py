@@ -87,6 +87,7 @@ WANDB = """
 
 
 @pytest.mark.slow
+# Not among the packages that tests install: it brings twenty more, and is asked for by an extra of its own.
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="Weights & Biases is not installed")
 def test_weights_and_biases_offline_where_it_is_installed(tmp_path):
     environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from interp_jax.sae import GatedSAE, JumpReLUSAE, ReLUSAE
-from interp_jax.sae.autoencoder import SparseAutoencoder, Sparsity
+from interp_jax.sae.autoencoder import Batch, SparseAutoencoder, Sparsity
 
 pytestmark = pytest.mark.caches  # several ways of a step are compiled; leak checking would do it for each call
 
@@ -36,7 +36,7 @@ def given(kind, pairs_a_row):
 def compiled(kind, objective_and_gradient):
     """What is to be compared, compiled once for all numbers of pairs."""
     sparsity = KINDS[kind][2]
-    return jax.jit(lambda sae, *batch: objective_and_gradient(sae, *batch, sparsity))
+    return jax.jit(lambda sae, *batch: objective_and_gradient(sae, Batch(*batch), sparsity))
 
 
 SLOW = {"relu_norm_weighted", "relu_transcoder", "jumprelu"}

@@ -1,13 +1,20 @@
 """Rows of tokens to train on and rows of other documents to judge by, the same split for every command."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Int
 
 from interp_jax.activations.text_files import read_documents
 from interp_jax.activations.tokens import pack, split_documents
+from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.progress import working
 
-__all__ = ["documents_of", "train_and_held_out"]
+__all__ = ["BATCH_ROWS", "ModelAndRows", "documents_of", "model_and_rows"]
+
+BATCH_ROWS = 8
+"""Rows of tokens a forward pass."""
 
 
 def documents_of(text: str) -> list[str]:
@@ -29,30 +36,41 @@ def documents_of(text: str) -> list[str]:
     return documents
 
 
-def train_and_held_out(
-    text: str,
-    documents: list[str],
-    model: LanguageModel,
-    *,
-    context: int,
-    n_tokens: int | None,
-    n_held_out: int,
-    batch_rows: int,
-) -> tuple[Int[np.ndarray, "rows context"], Int[np.ndarray, "held context"]]:
-    """Rows to train on, drawn from all over the text, and rows of other documents.
+class ModelAndRows(NamedTuple):
+    """A model, and the tokens that it is to run on."""
+
+    model: LanguageModel
+    layer: int
+    rows: Int[np.ndarray, "rows context"]
+    """To train on, drawn from all over the text."""
+    held_out: Int[np.ndarray, "held context"]
+    """Of other documents, to judge by; of a text of one document its end."""
+
+
+def model_and_rows(
+    model_name: str, layer: int | None, text: str, *, context: int, n_tokens: int, n_held_out: int
+) -> ModelAndRows:
+    """Loads a model, and divides a text into rows to train on and rows to judge by; with progress.
 
     Args:
-        text: what the documents are of, for messages.
-        documents: of `documents_of`. Of one document the end is held out.
-        model: whose tokenizer is used.
+        model_name: what `load` takes.
+        layer: the layer; None is the middle one.
+        text: what `documents_of` takes.
         context: tokens a row.
-        n_tokens: tokens to train on; None for none.
+        n_tokens: tokens to train on; zero for none.
         n_held_out: tokens to judge by.
-        batch_rows: rows a batch, of which either number is a multiple.
+
+    Returns:
+        The model with its rows; of either kind a multiple of `BATCH_ROWS`.
 
     Raises:
-        ValueError: if the text is too short.
+        ValueError: before the model is loaded for a text that is empty; after it for a layer that is not there, or a
+            text that is too short.
     """
+    documents = documents_of(text)
+    with working(f"Loading {model_name}"):
+        model = load(model_name)
+    layer = model.layer_or_middle(layer)
     if len(documents) > 1:
         train_rows, held_out = (pack(part, model.tokenizer, context) for part in split_documents(documents))
     else:
@@ -61,11 +79,11 @@ def train_and_held_out(
         train_rows, held_out = rows[:cut], rows[cut:]
     found = []
     for what, rows, count in (("to train on", train_rows, n_tokens), ("held out", held_out, n_held_out)):
-        n_rows = 0 if count is None else max(batch_rows, count // context)
+        n_rows = max(BATCH_ROWS, count // context) if count else 0
         if len(rows) < n_rows:
             raise ValueError(
                 f"{text} gives {len(rows) * context:,} tokens {what} in rows of {context}; {n_rows * context:,} were "
                 "asked for. Pass more text, or lower n_tokens or n_held_out."
             )
-        found.append(rows[np.random.default_rng(0).permutation(len(rows))[: n_rows // batch_rows * batch_rows]])
-    return found[0], found[1]
+        found.append(rows[np.random.default_rng(0).permutation(len(rows))[: n_rows // BATCH_ROWS * BATCH_ROWS]])
+    return ModelAndRows(model, layer, *found)
