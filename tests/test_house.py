@@ -17,7 +17,7 @@ FLOORS = [
     {"instrument"},
     {"models", "sae", "pursuit"},
     {"activations"},
-    {"steering"},
+    {"steering", "attribution"},
     {"report"},
     {"demo", "train_tiny", "patches_command", "model_command", "sae_command", "pursue_command"},
     {"cli"},

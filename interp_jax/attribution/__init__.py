@@ -1,0 +1,1 @@
+"""From a behaviour to the parts of the model that cause it."""

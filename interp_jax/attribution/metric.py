@@ -1,0 +1,136 @@
+"""What an effect is measured on: one number a row, from the logits.
+
+A metric is any function `logits[batch, seq, vocab] -> [batch]`. The classes here are pytrees whose answers and
+positions are arrays, so that the next prompt pair runs in the program that is already compiled. A plain function works
+as well; it is part of the program, so give one that is defined once, in a module, not a lambda made anew for each call
+(a `jax.tree_util.Partial` of it carries arrays that vary).
+
+Hazard: `KL` is 0 and flat at its own reference. Patching measures it well; attribution by gradients at that prompt
+gives 0 everywhere, to first order rightly so.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int
+
+from interp_jax.attribution.prompt_pair import PromptPair
+from interp_jax.models.loss import next_token_losses
+
+__all__ = ["KL", "LogProbability", "LogitDifference", "Loss", "Metric", "check_varies", "metric_of"]
+
+Metric = Callable[[Float[Array, "batch seq vocab"]], Float[Array, "batch"]]
+"""A function of the logits, one number a row."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogitDifference:
+    """The answer's logit less the wrong token's."""
+
+    answer: Int[Array, ""] | int
+    """The id that should be predicted."""
+    wrong: Int[Array, ""] | int
+    """The id that it is compared with."""
+    position: Int[Array, ""] | int = -1
+    """Where; negative from the end."""
+
+    def __call__(self, logits: Float[Array, "batch seq vocab"]) -> Float[Array, "batch"]:
+        """The metric."""
+        at = logits[:, self.position].astype(jnp.float32)
+        return at[:, self.answer] - at[:, self.wrong]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogProbability:
+    """The answer's log-probability, in nats."""
+
+    answer: Int[Array, ""] | int
+    """The id that should be predicted."""
+    position: Int[Array, ""] | int = -1
+    """Where; negative from the end."""
+
+    def __call__(self, logits: Float[Array, "batch seq vocab"]) -> Float[Array, "batch"]:
+        """The metric."""
+        at = logits[:, self.position].astype(jnp.float32)
+        return at[:, self.answer] - jax.nn.logsumexp(at, axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KL:
+    """How far the prediction is from a reference, KL(reference || prediction) in nats."""
+
+    reference_log_probs: Float[Array, "vocab"]
+    """Log-probabilities of the reference, say the clean prompt's."""
+    position: Int[Array, ""] | int = -1
+    """Where; negative from the end."""
+
+    def __call__(self, logits: Float[Array, "batch seq vocab"]) -> Float[Array, "batch"]:
+        """The metric."""
+        log_probs = jax.nn.log_softmax(logits[:, self.position].astype(jnp.float32), axis=-1)
+        reference = self.reference_log_probs
+        return jnp.sum(jnp.exp(reference) * (reference - log_probs), axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The mean next-token loss of a row of tokens, in nats a token."""
+
+    tokens: Int[Array, "seq"]
+    """The tokens to predict, usually the clean prompt's."""
+
+    def __call__(self, logits: Float[Array, "batch seq vocab"]) -> Float[Array, "batch"]:
+        """The metric."""
+        tokens = jnp.broadcast_to(jnp.asarray(self.tokens), logits.shape[:2])
+        return next_token_losses(logits, tokens).mean(axis=-1)
+
+
+def metric_of(metric: Metric | None, pair: PromptPair) -> Any:
+    """The metric as a pytree that a compiled program can take.
+
+    Args:
+        metric: a metric; None stands for the pair's own: the logit difference, or the answer's log-probability where
+            the pair has no wrong token.
+        pair: the pair.
+
+    Returns:
+        The metric with arrays for leaves.
+
+    Raises:
+        ValueError: without a metric, if the pair has no answer.
+    """
+    if metric is None:
+        if pair.answer is None:
+            raise ValueError("There is nothing to measure: give the pair an answer (and a wrong token), or metric=.")
+        metric = LogProbability(pair.answer) if pair.wrong is None else LogitDifference(pair.answer, pair.wrong)
+    if jax.tree.structure(metric) == jax.tree.structure(0):  # a leaf: a plain function
+        return Partial(metric)
+    return jax.tree.map(jnp.asarray, metric)
+
+
+def check_varies(clean: Any, corrupted: Any) -> None:
+    """Refuses a metric that is the same on both prompts: every effect would be a rounding error.
+
+    Args:
+        clean: its value on the clean prompt.
+        corrupted: on the corrupted one.
+
+    Raises:
+        ValueError: if both are the same, or one is not finite; it shows both.
+    """
+    clean, corrupted = float(clean), float(corrupted)
+    values = f"{clean:.6g} on the clean prompt and {corrupted:.6g} on the corrupted one"
+    if not abs(clean - corrupted) < float("inf"):
+        raise ValueError(f"The metric is {values}: it must be finite. Look at the model's logits.")
+    if abs(clean - corrupted) <= 1e-6 * max(1.0, abs(clean), abs(corrupted)):
+        raise ValueError(
+            f"The metric is {values}: it does not tell them apart, so there is nothing to attribute. "
+            "Choose prompts, an answer or a position for which it does."
+        )
