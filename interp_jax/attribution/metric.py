@@ -3,7 +3,7 @@
 A metric is any function `logits[batch, seq, vocab] -> [batch]`. The classes here are pytrees whose answers and
 positions are arrays, so that the next prompt pair runs in the program that is already compiled. A plain function works
 as well; it is part of the program, so give one that is defined once, in a module, not a lambda made anew for each call
-(a `jax.tree_util.Partial` of it carries arrays that vary).
+(a `jax.tree_util.Partial` of it carries arrays that vary). The fields are `Any`, for JAX puts more than arrays in them.
 
 Hazard: `KL` is 0 and flat at its own reference. Patching measures it well; attribution by gradients at that prompt
 gives 0 everywhere, to first order rightly so.
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from interp_jax.attribution.prompt_pair import PromptPair
 from interp_jax.models.loss import next_token_losses
@@ -32,11 +32,11 @@ Metric = Callable[[Float[Array, "batch seq vocab"]], Float[Array, "batch"]]
 class LogitDifference:
     """The answer's logit less the wrong token's."""
 
-    answer: Int[Array, ""] | int
+    answer: Any
     """The id that should be predicted."""
-    wrong: Int[Array, ""] | int
+    wrong: Any
     """The id that it is compared with."""
-    position: Int[Array, ""] | int = -1
+    position: Any = -1
     """Where; negative from the end."""
 
     def __call__(self, logits: Float[Array, "batch seq vocab"]) -> Float[Array, "batch"]:
@@ -50,9 +50,9 @@ class LogitDifference:
 class LogProbability:
     """The answer's log-probability, in nats."""
 
-    answer: Int[Array, ""] | int
+    answer: Any
     """The id that should be predicted."""
-    position: Int[Array, ""] | int = -1
+    position: Any = -1
     """Where; negative from the end."""
 
     def __call__(self, logits: Float[Array, "batch seq vocab"]) -> Float[Array, "batch"]:
@@ -66,9 +66,9 @@ class LogProbability:
 class KL:
     """How far the prediction is from a reference, KL(reference || prediction) in nats."""
 
-    reference_log_probs: Float[Array, "vocab"]
-    """Log-probabilities of the reference, say the clean prompt's."""
-    position: Int[Array, ""] | int = -1
+    reference_log_probs: Any
+    """`[vocab]` log-probabilities of the reference, say the clean prompt's."""
+    position: Any = -1
     """Where; negative from the end."""
 
     def __call__(self, logits: Float[Array, "batch seq vocab"]) -> Float[Array, "batch"]:
@@ -83,8 +83,8 @@ class KL:
 class Loss:
     """The mean next-token loss of a row of tokens, in nats a token."""
 
-    tokens: Int[Array, "seq"]
-    """The tokens to predict, usually the clean prompt's."""
+    tokens: Any
+    """`[seq]` tokens to predict, usually the clean prompt's."""
 
     def __call__(self, logits: Float[Array, "batch seq vocab"]) -> Float[Array, "batch"]:
         """The metric."""

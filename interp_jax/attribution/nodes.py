@@ -136,14 +136,9 @@ class Family:
         return tuple(size if axis in self.by else 1 for size, axis in zip(self.shape, self.axes, strict=True))
 
     @property
-    def n_in_layer(self) -> int:
-        """How many nodes a layer has."""
-        return math.prod(self.by_shape)
-
-    @property
     def n_nodes(self) -> int:
         """How many nodes there are."""
-        return len(self.layers) * self.n_in_layer
+        return len(self.layers) * math.prod(self.by_shape)
 
     def summed(self, value: Float[Array, "*shape"]) -> Float[Array, "*by_shape"]:
         """One row's value summed over the axes that do not tell nodes apart, in float32."""
@@ -309,14 +304,25 @@ def as_mask(
 class Effects(Mapping[tuple[int | None, str], np.ndarray]):
     """Effects of nodes: an array over the axes of `by` for each (layer, site)."""
 
-    def __init__(self, families: Sequence[Family], values: Sequence[Any], labels: Sequence[str] | None = None):
+    def __init__(
+        self,
+        families: Sequence[Family],
+        values: Sequence[Any],
+        labels: Sequence[str] | None = None,
+        *,
+        clean: float | None = None,
+        corrupted: float | None = None,
+    ):
         """Effects that were computed.
 
         Args:
             families: the nodes.
             values: for each family, `[n_layers, *by_shape]`.
             labels: the tokens' labels by position.
+            clean: the metric on the clean prompt.
+            corrupted: the metric on the corrupted prompt.
         """
+        self.clean, self.corrupted = clean, corrupted
         self.families = tuple(families)
         self.values_of = tuple(np.asarray(value, np.float32) for value in values)
         for family, value in zip(self.families, self.values_of, strict=True):
@@ -328,7 +334,7 @@ class Effects(Mapping[tuple[int | None, str], np.ndarray]):
     def __getitem__(self, key: tuple[int | None, str]) -> np.ndarray:
         for family, value in zip(self.families, self.values_of, strict=True):
             if family.site == key[1] and key[0] in family.layers:
-                return value[family.layers.index(key[0])]
+                return np.asarray(value[family.layers.index(key[0])])
         raise KeyError(f"{key} was not attributed to; there are {', '.join(map(str, self))}")
 
     def __iter__(self) -> Iterator[tuple[int | None, str]]:
@@ -341,6 +347,16 @@ class Effects(Mapping[tuple[int | None, str], np.ndarray]):
     def flat(self) -> Float[np.ndarray, "n_nodes"]:
         """Every effect, family by family, layer by layer: the order of `node`."""
         return np.concatenate([value.reshape(-1) for value in self.values_of])
+
+    @classmethod
+    def from_flat(cls, families: Sequence[Family], flat: Any, *args: Any, **kwargs: Any) -> "Effects":
+        """Effects from one vector in the order of `flat`; the other arguments are those of `Effects`."""
+        ends = np.cumsum([family.n_nodes for family in families])[:-1]
+        parts = np.split(np.asarray(flat), ends)
+        shaped = [
+            part.reshape(len(family.layers), *family.by_shape) for family, part in zip(families, parts, strict=True)
+        ]
+        return cls(families, shaped, *args, **kwargs)
 
     def node(self, number: int) -> Node:
         """The node whose effect is `flat[number]`."""
