@@ -15,7 +15,7 @@ Which edges are cut is data: another knockout of as many `Knockout`s does not co
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +47,7 @@ class Knockout:
     """In which heads of them."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Edges:
+class _Edges(NamedTuple):
     """The product of four sets, which tells in little space which edges are cut."""
 
     layers: Bool[Array, "n_layers"]
