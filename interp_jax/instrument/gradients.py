@@ -65,26 +65,45 @@ def gradients(
 
     def differentiating(*args: Any, **kwargs: Any) -> tuple[Any, SiteValues]:
         state = GradientPass(site_filter, layer_filter)
-
-        def run(zero: Any) -> tuple[Any, Any]:
-            def tapped() -> Any:
-                _zero()  # planting what nobody asks for is an error
-                # Made anew in this trace, as jax.grad's are: NNX variables remember the trace that they were made in.
-                own_args, own_kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
-                with running_pass.standing(state):
-                    return fn(*own_args, **own_kwargs)
-
-            out = harvest.plant(tapped, tag=_ZERO)({_ZERO: zero})
-            return _scalar(out if objective is None else objective(out)), out
-
         with harvest.reaping(state.tag) as reaper:
-            scalar, backward, out = jax.vjp(run, jnp.zeros(()), has_aux=True)
-            backward(jnp.ones_like(scalar))
+            backward, out = tapped_vjp(state, fn, objective, args, kwargs)
+            backward()
             reaped = reaper.take()
         running_pass.check_filters(state)
         return out, state.gradients(reaped)
 
     return differentiating
+
+
+def tapped_vjp(
+    state: "GradientPass", fn: Callable[..., Any], objective: Callable[[Any], Any] | None, args: Any, kwargs: Any
+) -> tuple[Callable[[], Any], Any]:
+    """Runs `fn` with its sites tapped.
+
+    Args:
+        state: the pass that taps.
+        fn: as in `gradients`.
+        objective: as in `gradients`.
+        args: of `fn`.
+        kwargs: of `fn`.
+
+    Returns:
+        What runs the backward pass, and what `fn` returned.
+    """
+
+    def run(zero: Any) -> tuple[Any, Any]:
+        def tapped() -> Any:
+            _zero()  # planting what nobody asks for is an error
+            # Made anew in this trace, as jax.grad's are: NNX variables remember the trace that they were made in.
+            own_args, own_kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
+            with running_pass.standing(state):
+                return fn(*own_args, **own_kwargs)
+
+        out = harvest.plant(tapped, tag=_ZERO)({_ZERO: zero})
+        return _scalar(out if objective is None else objective(out)), out
+
+    scalar, backward, out = jax.vjp(run, jnp.zeros(()), has_aux=True)
+    return lambda: backward(jnp.ones_like(scalar)), out
 
 
 def _scalar(value: Any) -> Any:
@@ -112,11 +131,11 @@ class GradientPass(running_pass.PassState):
         key = (layer, name)
         avals = _avals(value, name, layer)
         self._taps.setdefault(key, []).append((avals, key, None))
-        return _tap(
-            value,
-            jnp.zeros((), jnp.int32),
-            lambda gradient, _: sow_value(gradient, tag=self.tag, name=key, mode="save"),
-        )
+
+        def collect(value: None, gradient: Any, row: Any) -> None:
+            sow_value(gradient, tag=self.tag, name=key, mode="save")
+
+        return tap(value, jnp.zeros((), jnp.int32), collect)
 
     def expect(self, layer: int, name: str) -> None:
         """Says, in the order of the pass, which sites of a layer scan will be tapped."""
@@ -135,13 +154,13 @@ class GradientPass(running_pass.PassState):
         for layer, place in rows.items():
             self._taps.setdefault((layer, name), []).append((_avals(value, name, layer), buffer, place))
 
-        def collect(gradient: Any, row: Any) -> None:
+        def collect(value: None, gradient: Any, row: Any) -> None:
             def write(gradient: Any, row: Any) -> None:
                 sow_value(gradient, tag=self.tag, name=buffer, mode="slot", index=row, slots=len(rows))
 
             jax.lax.cond(row >= 0, write, lambda *_: None, gradient, row)
 
-        return _tap(value, row, collect)
+        return tap(value, row, collect)
 
     def gradients(self, reaped: Mapping[Hashable, Any]) -> SiteValues:
         """The gradients by site, in the order of the pass."""
@@ -178,8 +197,19 @@ def _avals(value: Any, name: str, layer: int | None) -> Any:
     return jax.tree.map(check, value)
 
 
-def _tap(value: Any, row: Any, collect: Callable[[Any, Any], None]) -> Any:
-    """`value`; in a backward pass `collect` is called with its gradient and with `row`."""
+def tap(value: Any, row: Any, collect: Callable[[Any, Any, Any], Any], *, keeps_value: bool = False) -> Any:
+    """An identity with an eye on what comes back through it.
+
+    Args:
+        value: the value to carry on with.
+        row: an array, handed to `collect`.
+        collect: called in a backward pass with the value, its gradient and `row`. What it returns goes on in the
+            gradient's place; None leaves that as it is.
+        keeps_value: whether the value is kept for `collect`, which gets None otherwise.
+
+    Returns:
+        `value`.
+    """
     leaves, tree = jax.tree.flatten(value)
 
     @jax.custom_vjp
@@ -189,12 +219,17 @@ def _tap(value: Any, row: Any, collect: Callable[[Any, Any], None]) -> Any:
     def forward(leaves: Sequence[Any], row: Any, zero: Any) -> tuple[Sequence[Any], Any]:
         # The same again: the pass that differentiates the zero may be one further out.
         outs = identity([leaf.value for leaf in leaves], row.value, zero.value)
-        return outs, (row.value if zero.perturbed else None)
+        kept = [leaf.value for leaf in leaves] if keeps_value else None
+        return outs, ((row.value, kept) if zero.perturbed else None)
 
-    def backward(row: Any, cotangents: Sequence[Any]) -> tuple[Sequence[Any], None, Any]:
+    def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Sequence[Any], None, Any]:
         arrays = [_instantiated(one) for one in cotangents]
-        if row is not None:
-            collect(jax.tree.unflatten(tree, arrays), row)
+        if residuals is not None:
+            row, kept = residuals
+            new = collect(
+                None if kept is None else jax.tree.unflatten(tree, kept), jax.tree.unflatten(tree, arrays), row
+            )
+            arrays = arrays if new is None else jax.tree.leaves(new)
         return arrays, None, jnp.zeros(())
 
     identity.defvjp(forward, backward, symbolic_zeros=True)
