@@ -1,0 +1,109 @@
+"""Circuits of latents, in a model where every node and every edge is known."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hand_models import as_model, pair_of
+from small_models import small_model, small_tokens
+from test_latent_nodes import random_sae
+
+from interp_jax.attribution.latent_circuit import latent_circuit
+from interp_jax.attribution.prompt_pair import prompt_pair
+from interp_jax.instrument import site
+from interp_jax.models.tiny import load_tiny
+from interp_jax.sae import ReLUSAE
+
+pytestmark = pytest.mark.caches
+
+
+def planted_forward(params, tokens):
+    """Four features a token. Layer 1's feature 1 is layer 0's feature 0 of the position before; logit 0 reads it.
+
+    Feature 2 goes to logit 1 straight through; 3 is never read.
+    """
+    x = site(jnp.asarray(params["embed"])[tokens], "embed")
+    x = site(x, "resid_post", layer=0)
+    before = jnp.pad(x[:, :-1, 0], ((0, 0), (1, 0)))
+    x = jnp.stack([jnp.zeros_like(before), before, x[..., 2], x[..., 3]], axis=-1)
+    x = site(x, "resid_post", layer=1)
+    logits = jnp.stack([2 * x[..., 1], x[..., 2]], axis=-1)
+    return site(logits, "logits")
+
+
+EMBED = np.eye(4, dtype=np.float32) * [1.0, 1.0, 1.0, 5.0]
+IDENTITY = ReLUSAE(W_enc=jnp.eye(4), W_dec=jnp.eye(4), b_enc=jnp.zeros(4), b_dec=jnp.zeros(4))
+SAES = {(1, "resid_post"): IDENTITY, (0, "resid_post"): IDENTITY}  # their order is no matter
+
+
+@pytest.fixture(scope="module")
+def planted():
+    model = as_model(planted_forward, {"embed": EMBED}, n_layers=2, d_model=4, vocab_size=4)
+    reference = jnp.array([[1, 3, 1, 3, 1], [3, 1, 3, 1, 1]])  # neither feature 0 nor feature 2
+    return model, pair_of([1, 3, 0, 3], [1, 0, 3, 3], answer=0, wrong=1), reference
+
+
+def test_the_planted_nodes_and_edge_are_found_faithful_and_complete(planted):
+    model, pair, reference = planted
+    found = latent_circuit(model, pair, SAES, reference)
+    nodes = {(row.node.layer, row.node.position, row.node.unit): row.effect for row in found.nodes}
+    assert nodes == {(0, 2, 0): pytest.approx(-2), (1, 3, 1): pytest.approx(-2)}
+    (edge,) = found.edges
+    assert (edge.upstream.layer, edge.upstream.position, edge.upstream.unit) == (0, 2, 0)
+    assert (edge.downstream.layer, edge.downstream.position, edge.downstream.unit) == (1, 3, 1)
+    assert edge.share == pytest.approx(1)
+    assert (found.full, found.empty) == (pytest.approx(2), pytest.approx(0))
+    assert (found.faithfulness, found.completeness) == (pytest.approx(1), pytest.approx(1))
+    lines = found.table().splitlines()
+    assert lines[0].startswith("2 nodes, 1 edges; metric 2.0000, all ablated 0.0000")
+    assert "L0 resid_post_latents, position 2 't0', unit 0 -> L1 resid_post_latents, position 3" in lines[-1]
+
+
+def test_half_of_a_behaviour_is_told_from_all_of_it(planted):
+    """Feature 2 at the last position adds to the metric too, but alike on both prompts: attribution does not see it."""
+    model, _, reference = planted
+    pair = pair_of([1, 3, 0, 2], [1, 0, 3, 2], answer=0, wrong=1)
+    found = latent_circuit(model, pair, SAES, reference)
+    assert found.full == pytest.approx(1)
+    assert found.faithfulness == pytest.approx(2 / 1)  # without what works against it
+    assert found.completeness == pytest.approx(2 / 1)
+
+
+def test_what_autoencoders_miss_is_a_node(planted):
+    """The latent of feature 1 in layer 1 never fires, so the error carries the behaviour."""
+    model, pair, reference = planted
+    enc = jnp.eye(4).at[1, 1].set(0.0)
+    missing = ReLUSAE(W_enc=enc, W_dec=jnp.eye(4), b_enc=jnp.zeros(4), b_dec=jnp.zeros(4))
+    found = latent_circuit(model, pair, {(1, "resid_post"): missing}, reference)
+    (row,) = found.nodes
+    assert (row.node.site, row.node.position, row.node.unit) == ("resid_post_error", 3, None)
+    assert (found.faithfulness, found.completeness) == (pytest.approx(1), pytest.approx(1))
+    assert found.edges == ()
+
+
+def test_with_everything_in_the_circuit_the_model_is_itself():
+    model, tokens = small_model(), small_tokens(batch=3)
+    pair = pair_of(np.asarray(tokens[0]), np.asarray(tokens[1]), answer=3, wrong=4)
+    saes = {(1, "resid_post"): random_sae(12, 7, 1)}
+    found = latent_circuit(model, pair, saes, tokens, threshold=0.0)
+    assert found.alone == pytest.approx(found.full, abs=1e-4)
+    assert found.without == pytest.approx(found.empty, abs=1e-4)
+    assert found.full == pytest.approx(found.effects.clean, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_on_a_trained_model_a_lower_threshold_is_more_faithful():
+    tiny = load_tiny()
+    pair = prompt_pair(tiny, "The city is the capital of the", "The war is the cause of the", answer=" United")
+    saes = {(layer, "mlp_out"): random_sae(128, 64, layer) for layer in (0, 3)}
+    reference = jnp.array([tiny.encode_prompt("In the history of the city the war was a part of the empire")])
+    few, many = (latent_circuit(tiny, pair, saes, reference, threshold=threshold) for threshold in (0.1, 0.001))
+    assert len(few.nodes) < len(many.nodes)
+    assert abs(many.faithfulness - 1) < abs(few.faithfulness - 1)
+
+
+def test_bad_input_is_told(planted):
+    model, pair, reference = planted
+    with pytest.raises(ValueError, match=r"No node has an effect of 20, 10 of the metric's difference; the largest"):
+        latent_circuit(model, pair, SAES, reference, threshold=10.0)
+    with pytest.raises(ValueError, match="no site 'mlp_out' in layer 0"):
+        latent_circuit(model, pair, {(0, "mlp_out"): IDENTITY}, reference)
