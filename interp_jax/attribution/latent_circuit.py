@@ -260,7 +260,7 @@ def _edges(
                 )
                 everything = np.concatenate([found.latents, found.error[..., None]], axis=-1)
                 columns = [-1 if source.unit is None else source.unit for source in sources]
-                of_sources = everything[:, [source.position for source in sources], columns]
+                of_sources = everything[:, np.array([source.position for source in sources]), np.array(columns)]
                 shares = of_sources / np.where(found.codes == 0, np.inf, found.codes)[:, None]
                 large = np.argwhere(np.abs(shares) >= least)
                 edges += [Edge(sources[j], targets[i], float(shares[i, j])) for i, j in large]

@@ -11,11 +11,11 @@ What a number means here:
   another split.
 - Activations are centred and divided by one number, their root mean square over the training rows, so that `l2` means
   the same in every layer. Weights come back in the activations' own units.
-- Errors are over rows: a row's correctness is averaged over the splits that held it out, and rows are what the standard
-  error counts and the bootstrap draws. How much other training rows would change the probe is only in the spread of
-  `accuracies`.
 - Rows of one origin (the same name in several prompts) on both sides of a split make memory look like meaning. `groups`
   keeps them on one side.
+- Errors are over rows, or over origins where there are `groups`: correctness is averaged over the splits that held a
+  row out, and rows (origins) are what the standard error counts and the bootstrap draws. How much other training rows
+  would change the probe is only in the spread of `accuracies`.
 
 Hazard: the best of many probes is better than it will be on new rows; choose the layer on other rows than those that
 report it.
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 __all__ = ["Probes", "held_out_split", "train_probes"]
 
@@ -51,7 +51,7 @@ class Probes:
     accuracy: Float[np.ndarray, "*places"]
     """On held-out rows, over all splits."""
     standard_error: Float[np.ndarray, "*places"]
-    """Of `accuracy`, over rows."""
+    """Of `accuracy`, over rows or origins."""
     low: Float[np.ndarray, "*places"]
     """Lower end of the bootstrapped 95 % interval."""
     high: Float[np.ndarray, "*places"]
@@ -124,8 +124,10 @@ def train_probes(
     tests, trains = (
         np.einsum("spn,sn->sp", correct, side) / side.sum(axis=1, keepdims=True) for side in (is_held_out, ~is_held_out)
     )
-    right = np.einsum("spn,sn->pn", correct, is_held_out)
-    accuracy, error, low, high = _over_rows(right, is_held_out.sum(axis=0))
+    origins = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    of_origin = np.eye(origins.max() + 1)[origins]  # [n, origins]
+    right = np.einsum("spn,sn->pn", correct, is_held_out) @ of_origin
+    accuracy, error, low, high = _over_origins(right, is_held_out.sum(axis=0) @ of_origin)
     by_place = [each.reshape((*each.shape[:-1], *places)) for each in (bias, tests, trains, accuracy, error, low, high)]
     return Probes(
         weights.reshape(len(seeds), *places, d),
@@ -147,7 +149,7 @@ def held_out_split(
         labels: Each row's label.
         seed: Of the draw.
         held_out: The share.
-        groups: Each row's origin, as in `train_probes`; whole origins are drawn, so shares are met roughly.
+        groups: Each row's origin, as in `train_probes`; the share is then one of origins, drawn whole.
 
     Returns:
         True where a row is held out.
@@ -158,17 +160,18 @@ def held_out_split(
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}; it must be between 0 and 1.")
     rng = np.random.default_rng(seed)
-    chosen = np.zeros(len(labels), bool)
-    if groups is None:
-        for label in (False, True):
-            rows = rng.permutation(np.flatnonzero(labels == label))
-            chosen[rows[: round(held_out * len(rows))]] = True
-    else:
+    of_row = np.arange(len(labels))
+    if groups is not None:
         if len(groups) != len(labels):
             raise ValueError(f"There are {len(groups)} groups for {len(labels)} rows.")
-        names, of_row = np.unique(np.asarray(groups), return_inverse=True)
-        drawn = rng.permutation(len(names))[: round(held_out * len(names))]
-        chosen = np.isin(of_row, drawn)
+        _, of_row = np.unique(np.asarray(groups), return_inverse=True)
+    # An origin counts for the class that most of its rows are of.
+    label_of = np.bincount(of_row, weights=labels) > np.bincount(of_row) / 2
+    drawn = []
+    for label in (False, True):
+        origins = rng.permutation(np.flatnonzero(label_of == label))
+        drawn.append(origins[: round(held_out * len(origins))])
+    chosen = np.isin(of_row, np.concatenate(drawn))
     for side, name in ((chosen, "held out"), (~chosen, "left to train on")):
         if len(np.unique(labels[side])) < 2:
             raise ValueError(
@@ -286,10 +289,10 @@ def _by_scikit_learn(
     return weights, bias
 
 
-def _over_rows(
-    right: Float[np.ndarray, "probes n"], times: Int[np.ndarray, "n"]
+def _over_origins(
+    right: Float[np.ndarray, "probes origins"], times: Float[np.ndarray, "origins"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Accuracy, standard error and bootstrapped interval, with rows as what was drawn."""
+    """Accuracy, standard error and bootstrapped interval, with origins (rows, without groups) as what was drawn."""
     seen = times > 0
     right, times = right[:, seen], times[seen]
     accuracy = right.sum(axis=1) / times.sum()
