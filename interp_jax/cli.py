@@ -208,6 +208,56 @@ def pursue(
     )
 
 
+@app.command(name="attribute")
+def attribute(
+    clean: Annotated[str, tyro.conf.Positional],
+    corrupted: Annotated[str, tyro.conf.Positional],
+    *,
+    answer: str,
+    wrong: str | None = None,
+    model: str = "smollm2",
+    method: Literal["patching", "atp", "atp*"] = "patching",
+    site: str = "resid_post",
+    by: tuple[Literal["position", "head", "unit"], ...] = (),
+    direction: Literal["noising", "denoising"] = "noising",
+    align: str | None = None,
+    top: int = 20,
+    out: pathlib.Path = pathlib.Path("attribute"),
+) -> None:
+    """Which nodes of a site make the difference between two prompts: a ranked table, and heat maps by layer.
+
+    Args:
+        clean: The prompt that shows the behaviour.
+        corrupted: The prompt that does not, of as many tokens.
+        answer: What follows the clean prompt: one token, usually with its leading space.
+        wrong: The token that it is compared with; without one, the answer's log-probability is measured.
+        model: `tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file.
+        method: `patching` is exact, a pass a node; `atp` and `atp*` estimate all nodes from a few passes.
+        site: The site; `interp-jax sites MODEL` lists them.
+        by: What tells nodes apart; when left out, the head for q, k, v and attn_heads, else the position.
+        direction: `noising` patches the clean run, `denoising` the corrupted one.
+        align: A text of one token to put before the shorter prompt, where the lengths differ.
+        top: How many nodes to list.
+        out: The folder to write to.
+    """
+    from interp_jax import attribute_command
+
+    attribute_command.run(
+        clean,
+        corrupted,
+        answer=answer,
+        wrong=wrong,
+        align=align,
+        model_name=model,
+        method=method,
+        site=site,
+        by=tuple(by) or None,
+        direction=direction,
+        n_ranked=top,
+        out=out,
+    )
+
+
 def main() -> None:
     """Runs the command line."""
     try:

@@ -1,0 +1,58 @@
+"""`interp-jax attribute` on the tiny model: its numbers are those of the functions, called by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from interp_jax import cli
+from interp_jax.attribution.activation_patching import activation_patching
+from interp_jax.attribution.atp import atp
+from interp_jax.attribution.nodes import Nodes
+from interp_jax.attribution.prompt_pair import prompt_pair
+from interp_jax.models.tiny import load_tiny
+
+CLEAN, CORRUPTED = "The city is the capital of the", "The war is the cause of the"
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["interp-jax", "attribute", CLEAN, CORRUPTED, "--model", "tiny", *arguments])
+    cli.main()
+
+
+@pytest.mark.caches
+def test_the_numbers_are_those_of_patching(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--answer", " United", "--wrong", " war", "--out", str(tmp_path), "--top", "5")
+    found = json.loads((tmp_path / "attribution.json").read_text())
+    model = load_tiny()
+    pair = prompt_pair(model, CLEAN, CORRUPTED, answer=" United", wrong=" war")
+    expected = activation_patching(model, pair, Nodes("resid_post"))
+    np.testing.assert_allclose(found["effects"], expected.grid("resid_post"), atol=1e-5)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1] == expected.table(1).splitlines()[1]
+    assert "1.2058 on the clean prompt and -0.5185" in printed
+    page = (tmp_path / "index.html").read_text()
+    assert page.count('<th scope="row">') == 4
+    assert "·city → ·war" in page
+    assert (tmp_path / "heat_map_position.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.caches
+def test_heads_and_denoising_by_atp(tmp_path, monkeypatch):
+    run(monkeypatch, "--answer", " United", "--site", "attn_heads", "--method", "atp", "--direction", "denoising",
+        "--out", str(tmp_path))  # fmt: skip
+    found = json.loads((tmp_path / "attribution.json").read_text())
+    model = load_tiny()
+    pair = prompt_pair(model, CLEAN, CORRUPTED, answer=" United")
+    expected = atp(model, pair.swapped, Nodes("attn_heads", by="head"))
+    np.testing.assert_allclose(found["effects"], expected.grid("attn_heads", "head"), atol=1e-5)
+    assert found["setting"]["clean"] == pytest.approx(expected.corrupted)
+    assert (tmp_path / "heat_map_head.png").exists()
+    assert "log-probability of &#39; United&#39;" in (tmp_path / "index.html").read_text()
+
+
+def test_a_users_mistake_is_one_message(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--answer", "United", "--out", str(tmp_path))
+    assert "But ' United' is one token" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
