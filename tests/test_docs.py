@@ -12,6 +12,7 @@ BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = {
     "<!-- needs: make demo -->": [pytest.mark.slow, pytest.mark.demo],
     "<!-- needs: transformers -->": [pytest.mark.demo],
+    "<!-- needs: a minute -->": [pytest.mark.slow],
 }
 
 

@@ -1,6 +1,9 @@
 """From a behaviour to the parts of the model that cause it."""
 
+from interp_jax.attribution.activation_patching import Patching, activation_patching, joint_patching
 from interp_jax.attribution.activations_at import activations_at
+from interp_jax.attribution.atp import atp, integrated_gradients
+from interp_jax.attribution.atp_star import atp_star
 from interp_jax.attribution.attention_knockout import Knockout, attention_knockout, attention_patterns, knocked_out
 from interp_jax.attribution.direct_logit_attribution import (
     DirectAttribution,
@@ -12,29 +15,50 @@ from interp_jax.attribution.latent_circuit import LatentCircuit, latent_circuit
 from interp_jax.attribution.latent_edges import LatentEdges, latent_edges
 from interp_jax.attribution.latent_nodes import latent_nodes, with_latents
 from interp_jax.attribution.logit_lens import LogitLens, logit_lens
+from interp_jax.attribution.metric import KL, LogitDifference, LogProbability, Loss
+from interp_jax.attribution.nodes import Effects, Node, NodeEffect, Nodes
 from interp_jax.attribution.non_linear_excess import Excess, LinearStructure, linear_structure, non_linear_excess
 from interp_jax.attribution.probes import Probes, train_probes
+from interp_jax.attribution.prompt_pair import PromptPair, prompt_pair
 from interp_jax.attribution.truncated_context import TruncatedContext, truncated_context_similarity
+from interp_jax.attribution.verification import SubsetBound, Verification, subset_bound, verify
 from interp_jax.attribution.virtual_weights import StrongestWeights, strongest_virtual_weights, virtual_weights
 
 __all__ = [
+    "KL",
     "DirectAttribution",
+    "Effects",
     "Excess",
     "Knockout",
     "LatentCircuit",
     "LatentEdges",
     "LinearStructure",
+    "LogProbability",
+    "LogitDifference",
     "LogitLens",
+    "Loss",
     "LowRank",
+    "Node",
+    "NodeEffect",
+    "Nodes",
+    "Patching",
     "Probes",
+    "PromptPair",
     "StrongestWeights",
+    "SubsetBound",
     "TruncatedContext",
+    "Verification",
+    "activation_patching",
     "activations_at",
+    "atp",
+    "atp_star",
     "attention_knockout",
     "attention_patterns",
     "composition_score",
     "direct_latent_attribution",
     "direct_logit_attribution",
+    "integrated_gradients",
+    "joint_patching",
     "knocked_out",
     "latent_circuit",
     "latent_edges",
@@ -43,10 +67,13 @@ __all__ = [
     "logit_lens",
     "non_linear_excess",
     "output_value_circuit",
+    "prompt_pair",
     "query_key_circuit",
     "strongest_virtual_weights",
+    "subset_bound",
     "train_probes",
     "truncated_context_similarity",
+    "verify",
     "virtual_weights",
     "with_latents",
 ]
