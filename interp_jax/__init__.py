@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from interp_jax.instrument import module_sites as module_sites
     from interp_jax.instrument import site as site
     from interp_jax.models.generation import generate as generate
-    from interp_jax.models.generation import iterate_generation as iterate_generation
     from interp_jax.models.known import load as load
+    from interp_jax.models.running_generation import iterate_generation as iterate_generation
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ _HOME = {
     "gradients": "interp_jax.instrument",
     "inject": "interp_jax.instrument",
     "iterate": "interp_jax.instrument",
-    "iterate_generation": "interp_jax.models.generation",
+    "iterate_generation": "interp_jax.models.running_generation",
     "layer_scan": "interp_jax.instrument",
     "list_sites": "interp_jax.instrument",
     "load": "interp_jax.models.known",

@@ -208,6 +208,22 @@ def pursue(
     )
 
 
+@app.command(name="steer")
+def steer(arguments: Annotated[list[str], tyro.conf.Positional]) -> None:
+    """A prompt steered beside itself, and `steer study`: whole studies; each has a --help of its own.
+
+    Args:
+        arguments: The prompt and options, or `study` with a concept.
+    """
+    from interp_jax import steer_command
+
+    steer_command.main(arguments)
+
+
+_OWN_PARSERS = {"sae": sae, "steer": steer}
+"""Commands whose options are their own parser's."""
+
+
 @app.command(name="attribute")
 def attribute(
     clean: Annotated[str, tyro.conf.Positional],
@@ -261,8 +277,8 @@ def attribute(
 def main() -> None:
     """Runs the command line."""
     try:
-        if sys.argv[1:2] == ["sae"]:
-            sae(sys.argv[2:])  # its options are its own parser's
+        if sys.argv[1:2] and sys.argv[1] in _OWN_PARSERS:
+            _OWN_PARSERS[sys.argv[1]](sys.argv[2:])
             return
         app.cli(prog="interp-jax", config=(tyro.conf.FlagCreatePairsOff,))
     except KeyboardInterrupt:

@@ -19,7 +19,16 @@ FLOORS = [
     {"activations"},
     {"steering", "attribution"},
     {"report"},
-    {"demo", "train_tiny", "patches_command", "model_command", "sae_command", "pursue_command", "attribute_command"},
+    {
+        "demo",
+        "train_tiny",
+        "patches_command",
+        "model_command",
+        "sae_command",
+        "pursue_command",
+        "attribute_command",
+        "steer_command",
+    },
     {"cli"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}

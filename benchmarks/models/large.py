@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import interp_jax as ij
 from benchmarks.instrument.rows import Row, memory_analysis, report
 from benchmarks.instrument.tpu import PYTHIA_12B
-from interp_jax.models import generation
+from interp_jax.models.cached_decoding import decode_with_cache
+from interp_jax.models.decoding import Sampling
 from interp_jax.models.transformer import Transformer, apply, partition_specs
 from interp_jax.models.transformer_config import TransformerConfig
 
@@ -47,12 +48,12 @@ def rows(name: str, config: TransformerConfig, mesh: Mesh) -> Iterator[Row]:
     fetch = ij.fetch(apply, layers=config.n_layers // 2)
     tokens = array((ROWS, TOKENS), jnp.int32, "data")
     prompts = array((ROWS, TOKENS - NEW_TOKENS), jnp.int32, "data")
-    settings = generation._settings(0.0, None, None, None, (), config.vocab_size)  # the likeliest token each
+    likeliest = Sampling(is_greedy=True, top_k=None, has_top_p=False, stop_tokens=())
 
     def generate(model: Any, prompts: Any) -> Any:
-        is_token, key = jnp.ones(prompts.shape, bool), jax.random.key(0)
-        return generation._generate(
-            model, prompts, is_token, key, 1.0, 1.0, None, NEW_TOKENS, settings.static, None, "both", (), None
+        is_token, keys = jnp.ones(prompts.shape, bool), jax.random.split(jax.random.key(0), len(prompts))
+        return decode_with_cache(
+            model, prompts, is_token, keys, 1.0, 1.0, None, None, NEW_TOKENS, likeliest, "both", None, None, (), None
         )
 
     def plain(model: Any, tokens: Any) -> Any:

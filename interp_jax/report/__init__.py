@@ -9,7 +9,6 @@ from interp_jax.report.demo_report import SiteRow as SiteRow
 from interp_jax.report.demo_report import Snippet as Snippet
 from interp_jax.report.demo_report import SteeredText as SteeredText
 from interp_jax.report.demo_report import SteeringSample as SteeringSample
-from interp_jax.report.demo_report import TokenLogit as TokenLogit
 from interp_jax.report.demo_report import TrainingCurve as TrainingCurve
 from interp_jax.report.latents import choose_latents as choose_latents
 from interp_jax.report.latents import latent_dashboards as latent_dashboards

@@ -9,6 +9,8 @@ nothing, 0 where it is as bad as the ablation.
 
 import dataclasses
 
+from interp_jax.models.promoted_tokens import TokenLogit
+
 __all__ = [
     "DemoReport",
     "DictionaryScore",
@@ -19,7 +21,6 @@ __all__ = [
     "Snippet",
     "SteeredText",
     "SteeringSample",
-    "TokenLogit",
     "TrainingCurve",
 ]
 
@@ -156,16 +157,6 @@ class Snippet:
     """The latent's activation on each of them."""
     peak: int
     """Which of them has the highest activation."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogit:
-    """A token and what a direction adds to its logit."""
-
-    token: str
-    """The token as a printable string."""
-    logit: float
-    """The logit, up to the final norm's division: comparable within one latent only."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,15 @@ were ranked.
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from interp_jax.activations.top_windows import top_windows
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.report.demo_report import LatentDashboard, Snippet, TokenLogit
+from interp_jax.models.promoted_tokens import promoted_tokens
+from interp_jax.report.demo_report import LatentDashboard, Snippet
 
-__all__ = ["choose_latents", "latent_dashboards", "promoted_tokens", "top_windows"]
+__all__ = ["choose_latents", "latent_dashboards"]
 
 
 def choose_latents(
@@ -44,74 +45,6 @@ def choose_latents(
     alive = np.flatnonzero((densities > min_density) & (densities <= max_density))
     drawn = np.random.default_rng(seed).choice(alive, size=min(count, len(alive)), replace=False)
     return np.sort(drawn)
-
-
-def top_windows(
-    activations: Float[np.ndarray, "rows context"], *, count: int = 6, before: int = 14, after: int = 8
-) -> list[tuple[int, int, int, int]]:
-    """Where one latent is most active, one place a row of tokens.
-
-    Args:
-        activations: the latent's activation on every token.
-        count: how many places are wanted.
-        before: tokens shown before the peak.
-        after: tokens shown after it.
-
-    Returns:
-        (row, start, stop, peak) for each place, highest peak first; ties go to the earlier row and position. Rows
-        on which the latent is not active are left out, so there may be fewer than `count`.
-    """
-    if activations.size == 0:
-        return []
-    positions = activations.argmax(axis=1)
-    peaks = activations[np.arange(len(activations)), positions]
-    rows = [row for row in np.argsort(-peaks, kind="stable")[:count] if peaks[row] > 0]
-    context = activations.shape[1]
-    return [
-        (int(row), max(0, int(p) - before), min(context, int(p) + after + 1), int(p))
-        for row, p in ((row, positions[row]) for row in rows)
-    ]
-
-
-def promoted_tokens(
-    language_model: LanguageModel,
-    directions: Float[Array, "n d_model"] | Float[np.ndarray, "n d_model"],
-    *,
-    count: int = 10,
-    among: Int[np.ndarray, "ids"] | None = None,
-) -> list[tuple[tuple[TokenLogit, ...], tuple[TokenLogit, ...]]]:
-    """The tokens whose logits directions in the residual stream raise and lower most, straight through the unembedding.
-
-    Args:
-        language_model: the model whose unembedding is used.
-        directions: one row a direction.
-        count: how many tokens each way.
-        among: the ids that may be named; all when None. A large vocabulary has tokens that training hardly ever saw,
-            and they crowd every list: pass those that occur in a text.
-
-    Returns:
-        For each direction (promoted, suppressed), the strongest first. Ids that the model's padded vocabulary has and
-        the tokenizer lacks are left out.
-    """
-    tokenizer = language_model.tokenizer
-    logits = np.asarray(language_model.unembed(language_model.params, jnp.asarray(directions)), np.float32)
-    named = np.arange(tokenizer.vocab_size) if among is None else np.asarray(among)
-    logits = logits[:, named]
-    count = min(count, logits.shape[1])
-    found = []
-    for row in logits:
-        order = np.argsort(row, kind="stable")
-        ends = (order[::-1][:count], order[:count])
-        found.append(
-            tuple(
-                tuple(
-                    TokenLogit(token, float(row[i]))
-                    for token, i in zip(tokenizer.readable(named[ids].tolist()), ids, strict=True)
-                )
-                for ids in ends
-            )
-        )
-    return found
 
 
 def latent_dashboards(

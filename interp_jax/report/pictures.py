@@ -26,8 +26,16 @@ from matplotlib.figure import Figure
 
 from interp_jax.report.coding_point import CodingPoint
 from interp_jax.report.demo_report import DictionaryScore, TrainingCurve
+from interp_jax.steering.frontier import FrontierPoint
 
-__all__ = ["codes_by_codes", "coding_frontier", "density_histogram", "score_against_l0", "training_curve"]
+__all__ = [
+    "codes_by_codes",
+    "coding_frontier",
+    "density_histogram",
+    "score_against_l0",
+    "steering_frontier",
+    "training_curve",
+]
 
 _INK, _MUTED, _RULE, _FIRST, _SECOND, _GROUND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 _VARIABLES = {
@@ -185,6 +193,43 @@ def codes_by_codes(
             axes.set_title(f"latent {latent}: {int(is_active.sum())} tokens", fontsize=9)
         label = f"Points: codes by pursuit against codes by the encoder, of latents {', '.join(map(str, latents))}."
         return _svg(figure, "codes-by-codes", label)
+
+
+def steering_frontier(points: Sequence[FrontierPoint]) -> Markup:
+    """Success of steered rollouts against the loss on ordinary text: a line a method, along its strengths.
+
+    Points on a method's frontier are filled, the others hollow. Bars are the intervals of success.
+
+    Args:
+        points: the points; those of a method in the order of its strengths.
+
+    Returns:
+        An `<svg>` element.
+    """
+    methods = list(dict.fromkeys(point.method for point in points))
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("loss on ordinary text (nats a token)", "P(successful rollout)", (7.6, 4.8))
+        for number, method in enumerate(methods):
+            mine = [point for point in points if point.method == method]
+            color = _SERIES[number][0] if number < 2 else f"C{number % 10}"
+            marker = "oDs^vPX*<>"[number % 10]
+            x, y = [point.loss for point in mine], [point.success for point in mine]
+            low = [max(0.0, point.success - point.success_interval[0]) for point in mine]
+            high = [max(0.0, point.success_interval[1] - point.success) for point in mine]
+            axes.errorbar(x, y, yerr=[low, high], color=color, linewidth=1.0, elinewidth=0.5, alpha=0.9)
+            best = [point for point in mine if point.is_on_frontier]
+            axes.plot(x, y, linestyle="none", marker=marker, color=color, markerfacecolor=_GROUND, markersize=5)
+            axes.plot(
+                [p.loss for p in best], [p.success for p in best],
+                linestyle="none", marker=marker, color=color, markersize=6, label=_short(method),
+            )  # fmt: skip
+        axes.set_ylim(-0.03, 1.03)
+        if methods:
+            legend = axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+        label = f"Lines: success against loss for {len(methods)} methods. The table holds the numbers."
+        return _svg(figure, "steering-frontier", label)
 
 
 def density_histogram(densities: Sequence[float]) -> Markup:

@@ -1,38 +1,34 @@
-"""Generation with a direction added to the stream, one continuation a coefficient.
+"""Generation with a direction added to the stream, or with latents clamped: one continuation a coefficient.
 
 All coefficients run as the rows of one batch, and direction, coefficients, prompt and temperature are arguments of one
 compiled program: a sweep compiles once, and so does the next sweep with a prompt of about the same length.
-
-Where the direction is added, in words that `positions` takes:
-
-- `all`: at every position. The first new token is already under its influence.
-- `prompt`: at the prompt's tokens only; what is generated attends to the changed prompt.
-- `generated`: at the generated tokens only. The first of them is picked from the last position of the prompt, which is
-  left alone, so it is always the unsteered one.
 
 Every row draws with the same random numbers, so what differs between two rows is the coefficient's doing.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from interp_jax.instrument import Activation
+from interp_jax.models.continue_rows import checked_settings, continue_rows
+from interp_jax.models.decoding import NonFiniteLogitsError, Place
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.steering.decoding import decode
+from interp_jax.steering.edits import Edit, apply_edits, check_edits, places_of
+from interp_jax.steering.positions import Positions, check_positions
+from interp_jax.steering.prompts import begun
 from interp_jax.steering.steering_vector import SteeringVector
 
-__all__ = ["Continuation", "Positions", "steer"]
-
-Positions = Literal["prompt", "generated", "all"]
-"""Where a direction is added; see the module's docstring."""
+__all__ = ["Continuation", "continuations", "finite_coefficients", "steer"]
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MULTIPLE = 8  # prompts are padded to a multiple of so many tokens: one program serves those of similar lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,61 +36,38 @@ class Continuation:
     """What the model said with one coefficient."""
 
     coefficient: float
-    """How many times the direction was added; 0 is the unsteered model."""
+    """The strength of the edits; 0 is the unsteered model."""
     text: str
     """The continuation, without the prompt."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _AddDirection:
-    """The edit. Equal ones hash alike, so the compiled program is found again."""
-
-    positions: Positions
-
-    def __call__(
-        self,
-        activation: Activation,
-        is_prompt: Bool[Array, "batch seq"],
-        direction: Float[Array, "width"],
-        coefficients: Float[Array, "batch"],
-    ) -> Array:
-        value = activation.value
-        if value.ndim != 3 or value.shape[-1] != direction.shape[0]:
-            raise ValueError(
-                f"The direction has {direction.shape[0]} entries, but {activation.name} of layer {activation.layer} "
-                f"has shape {value.shape}; expected [batch, seq, {direction.shape[0]}]. "
-                "Was the direction made for another model or site?"
-            )
-        added = coefficients[:, None, None] * direction
-        if self.positions != "all":
-            added = added * (is_prompt if self.positions == "prompt" else ~is_prompt)[..., None]
-        return value + added.astype(value.dtype)
-
-
 def steer(
     language_model: LanguageModel,
-    prompt: str,
-    direction: Float[Array, "width"] | Float[np.ndarray, "width"] | SteeringVector,
+    prompt: str | Sequence[int],
+    direction: Float[Array, "width"] | Float[np.ndarray, "width"] | SteeringVector | Edit | Sequence[Any],
     *,
     layer: int | None = None,
-    coefficients: Sequence[float],
+    coefficients: Sequence[float] | None = None,
+    norms: Sequence[float] | None = None,
     site: str = "resid_post",
-    positions: Positions = "all",
+    positions: Positions | None = None,
     max_new_tokens: int = 40,
     temperature: float = 0.0,
     key: Any = None,
 ) -> list[Continuation]:
-    """Continues a prompt with `coefficient * direction` added at one site, for each coefficient.
+    """Continues a prompt under an intervention, once for each of its strengths.
 
     Args:
         language_model: the model.
-        prompt: the text to continue.
-        direction: what is added, in the activation's units and as wide as the site; or a `SteeringVector`, which says
-            itself at which layer and site.
-        layer: the site's layer. Left out with a `SteeringVector`.
-        coefficients: how many times the direction is added; 0 gives the unsteered text.
-        site: the site's name. Not looked at with a `SteeringVector`.
-        positions: `all`, `prompt` or `generated`.
+        prompt: the text to continue, after the token that begins a text where the tokenizer has one; or ids, which are
+            taken as they are.
+        direction: a `SteeringVector`, or plain numbers as wide as the site, added `coefficient` times; an edit, such as
+            `clamp_latents` gives, at `coefficient` times its strength; or several of them, which act together.
+        layer: the layer, of plain numbers.
+        coefficients: the strengths; 0 gives the unsteered text.
+        norms: instead of coefficients: the vector is added scaled to each of these Euclidean norms.
+        site: the site's name, of plain numbers.
+        positions: where a vector is added, if not where it says itself; see `interp_jax.steering.positions`.
         max_new_tokens: how many tokens are generated at most.
         temperature: 0 picks the most likely token each time; above it, tokens are drawn from
             softmax(logits / temperature).
@@ -104,42 +77,126 @@ def steer(
         One continuation a coefficient, in the given order.
 
     Raises:
-        ValueError: when the prompt is empty or does not fit the context, there is no such layer or site, the
-            direction is of another width, or a coefficient is not finite.
+        ValueError: when the prompt is empty or does not fit the context, there is no such layer or site, the direction
+            is of another width or outside the prompt, or a coefficient is not finite.
         FloatingPointError: when a coefficient is so large that the logits are not finite.
     """
-    if isinstance(direction, SteeringVector):
-        if layer is not None and layer != direction.layer:
-            raise ValueError(f"The SteeringVector is for layer {direction.layer}, got layer={layer}; leave layer out.")
-        layer, site, direction = direction.layer, direction.site, direction.direction
-    elif layer is None:
-        raise ValueError(f"Which layer? Pass layer=, one of 0 to {language_model.n_layers - 1}.")
-    if layer is not None and not 0 <= layer < language_model.n_layers:
-        layers = ", ".join(str(i) for i in range(language_model.n_layers))
-        raise ValueError(f"{language_model.name} has no layer {layer}; its layers are {layers}.")
-    if positions not in get_args(Positions):
-        raise ValueError(f"positions must be one of {', '.join(get_args(Positions))}; got {positions!r}.")
-    if len(coefficients) == 0:
+    edits = _as_vectors(language_model, direction, layer, site, positions)
+    ids = begun(language_model, prompt)
+    if norms is not None:
+        if coefficients is not None or len(edits) != 1 or not isinstance(edits[0], SteeringVector):
+            raise ValueError("norms scales one SteeringVector, instead of coefficients; give the one or the other.")
+        unit = edits[0].norm
+        if not unit:
+            raise ValueError("The vector is zero, and cannot be scaled to a norm.")
+        coefficients = [norm / unit for norm in norms]
+    strengths = finite_coefficients(coefficients)
+    rows = [ids] * len(strengths)
+    # The same key in every row: see the module's docstring. It is the one that `generate` gives its first prompt.
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(0) if key is None else key, 0)] * len(strengths))
+    texts = continuations(
+        language_model, rows, keys, check_edits(edits, [len(ids)]), strengths,
+        max_new_tokens=max_new_tokens, temperature=temperature, is_keyed=key is not None,
+    )  # fmt: skip
+    return [Continuation(float(c), text) for c, text in zip(strengths, texts, strict=True)]
+
+
+def finite_coefficients(coefficients: Sequence[float] | None) -> Float[np.ndarray, "n"]:
+    """Coefficients as float32, checked.
+
+    Args:
+        coefficients: the coefficients.
+
+    Raises:
+        ValueError: if there is none, or one is not finite.
+    """
+    if coefficients is None or not len(coefficients):
         raise ValueError("There is no coefficient; give at least one, 0 for the unsteered text.")
     for coefficient in coefficients:
         if not abs(coefficient) <= _FLOAT32_MAX:
             raise ValueError(f"The coefficient {coefficient} is not a finite float32; give a smaller number.")
-    vector = np.asarray(direction)
-    if vector.ndim != 1 or not np.isfinite(vector).all():
-        raise ValueError(f"The direction must be one vector of finite numbers, got shape {vector.shape} or NaN in it.")
-    prompt_ids = language_model.encode_prompt(prompt)
-    # The same key in every row: see the module's docstring. It is the one that `generate` gives its first prompt.
-    keys = None if key is None else jnp.stack([jax.random.fold_in(key, 0)] * len(coefficients))
-    continuations = decode(
-        language_model,
-        [prompt_ids] * len(coefficients),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        keys=keys,
-        intervention=_AddDirection(positions),
-        intervention_args=(jnp.asarray(vector, jnp.float32), jnp.asarray(coefficients, jnp.float32)),
-        sites=(site,),
-        layers=(layer,),
+    return np.asarray(coefficients, np.float32)
+
+
+def continuations(
+    language_model: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    keys: Any,
+    edits: tuple[Edit, ...],
+    strengths: Float[np.ndarray, "batch"],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    is_keyed: bool = True,
+) -> list[str]:
+    """Rows continued, each with the edits at a strength of its own, in one compiled program.
+
+    Args:
+        language_model: the model.
+        rows: the prompts as ids.
+        keys: a PRNG key a row.
+        edits: the edits, checked.
+        strengths: one a row.
+        max_new_tokens: how many tokens are generated at most.
+        temperature: as for `steer`.
+        is_keyed: whether the keys are the user's.
+
+    Returns:
+        A text a row, without the stop token.
+
+    Raises:
+        ValueError: as for `steer`.
+        FloatingPointError: the logits are not finite.
+    """
+    for edit in edits:
+        if edit.layer is not None and not 0 <= edit.layer < language_model.n_layers:
+            layers = ", ".join(str(i) for i in range(language_model.n_layers))
+            raise ValueError(f"{language_model.name} has no layer {edit.layer}; its layers are {layers}.")
+    settings = checked_settings(
+        temperature, None, None, keys if is_keyed else None, language_model.stop_tokens, language_model.vocab_size
     )
-    texts = [language_model.tokenizer.decode(ids) for ids in continuations]
-    return [Continuation(float(c), text) for c, text in zip(coefficients, texts, strict=True)]
+    sites, layers = places_of(edits)
+    scaled = tuple(edit.scaled(jnp.asarray(strengths)) for edit in edits)
+    try:
+        decoded = continue_rows(
+            language_model, rows, keys, settings, max_new_tokens=max_new_tokens,
+            intervention=Partial(_edited, scaled), sites=sites, layers=layers, multiple=_MULTIPLE,
+        )  # fmt: skip
+    except NonFiniteLogitsError as error:
+        raise FloatingPointError(
+            f"With coefficient {strengths[error.row]:g} {language_model.name}'s logits are not finite: the edit is too "
+            "large for its number format. Use a smaller coefficient."
+        ) from error
+    stops = settings.sampling.stop_tokens
+    texts = []
+    for row, n in zip(np.asarray(decoded.tokens), np.asarray(decoded.n_generated), strict=True):
+        ids = row[:n].tolist()
+        texts.append(language_model.tokenizer.decode(ids[:-1] if ids[-1] in stops else ids))
+    return texts
+
+
+def _edited(edits: tuple[Edit, ...], activation: Activation, place: Place) -> Array | None:
+    return apply_edits(edits, activation, place)
+
+
+def _as_vectors(
+    language_model: LanguageModel, direction: Any, layer: int | None, site: str, positions: Positions | None
+) -> list[Any]:
+    """Edits and vectors, of whatever was given."""
+    if positions is not None:
+        check_positions(positions)
+    is_numbers = not isinstance(direction, list | tuple) or any(isinstance(one, float | int) for one in direction)
+    given = [direction] if is_numbers else direction
+    made = []
+    for one in given:
+        if isinstance(one, SteeringVector):
+            if layer is not None and layer != one.layer:
+                raise ValueError(f"The SteeringVector is for layer {one.layer}, got layer={layer}; leave layer out.")
+            made.append(one if positions is None else one.at(positions))
+        elif isinstance(one, Edit):
+            made.append(one)
+        elif layer is None:
+            raise ValueError(f"Which layer? Pass layer=, one of 0 to {language_model.n_layers - 1}.")
+        else:
+            made.append(SteeringVector(np.asarray(one), layer, site, "", positions))
+    return made

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from interp_jax.models.promoted_tokens import TokenLogit
 from interp_jax.report import (
     DemoReport,
     DictionaryScore,
@@ -15,7 +16,6 @@ from interp_jax.report import (
     Snippet,
     SteeredText,
     SteeringSample,
-    TokenLogit,
     TrainingCurve,
 )
 

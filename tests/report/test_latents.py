@@ -4,10 +4,11 @@ import pytest
 import tokenizers
 from tokenizers import models
 
+from interp_jax.activations.top_windows import top_windows
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.promoted_tokens import promoted_tokens
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.report import choose_latents, latent_dashboards
-from interp_jax.report.latents import promoted_tokens, top_windows
 
 VOCAB, D_MODEL = 11, 4
 

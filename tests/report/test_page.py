@@ -8,13 +8,13 @@ import re
 
 import pytest
 
+from interp_jax.models.promoted_tokens import TokenLogit
 from interp_jax.report import (
     DemoReport,
     DictionaryScore,
     LatentDashboard,
     Snippet,
     SteeringSample,
-    TokenLogit,
     write_page,
 )
 from interp_jax.report.page import SHADES, render_page

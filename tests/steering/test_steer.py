@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interp_jax.steering import Continuation, SteeringVector, generate, steer
+import interp_jax as ij
+from interp_jax.steering import Continuation, SteeringVector, steer
 
 PROMPT = "The town where"
 DIRECTION = np.asarray(jax.random.normal(jax.random.key(5), (16,)))
@@ -38,7 +39,7 @@ def test_equals_the_edit_written_by_hand(language_model, greedy, positions):
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "key": jax.random.key(2)}])
 def test_coefficient_zero_is_the_unsteered_text(language_model, sampling):
     steered = steer(language_model, PROMPT, DIRECTION, layer=0, coefficients=(0.0, 5.0), max_new_tokens=8, **sampling)
-    assert [steered[0].text] == generate(language_model, [PROMPT], max_new_tokens=8, **sampling)
+    assert [steered[0].text] == ij.generate(language_model, [PROMPT], max_new_tokens=8, **sampling).texts()
 
 
 def test_what_is_generated_alone_leaves_the_first_token(language_model):
@@ -87,7 +88,7 @@ def test_a_steering_vector_knows_its_place(language_model, tmp_path):
     ("arguments", "message"),
     [
         ({"prompt": ""}, "no token to continue from"),
-        ({"prompt": "x" * 60}, "has 48"),
+        ({"prompt": "x" * 60}, "context of 48"),
         ({"direction": np.ones(17)}, r"17 entries, but resid_post of layer 1 has shape \(1, 32, 16\)"),
         ({"direction": np.full(16, np.nan)}, "finite"),
         ({"layer": 2}, "no layer 2; its layers are 0, 1"),

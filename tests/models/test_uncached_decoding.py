@@ -1,16 +1,23 @@
+"""Generation with a model that is not ours, against a plain NumPy loop over unpadded rows."""
+
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from two_layer_model import greedy as greedy
+from two_layer_model import language_model as language_model
 
+import interp_jax as ij
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
-from interp_jax.steering import generate
-from interp_jax.steering.decoding import decode
 
 PROMPTS = ["a", "The river was", "water at the mill"]
+
+
+def texts(*args, **options):
+    return ij.generate(*args, **options).texts()
 
 
 def with_tokenizer(language_model: LanguageModel, **ids: int) -> LanguageModel:
@@ -21,20 +28,20 @@ def with_tokenizer(language_model: LanguageModel, **ids: int) -> LanguageModel:
 def test_rows_of_different_lengths_equal_a_plain_loop_without_padding(language_model, greedy):
     encode, decode_ids = language_model.tokenizer.encode, language_model.tokenizer.decode
     expected = [decode_ids(greedy(language_model, encode(prompt), 12)) for prompt in PROMPTS]
-    assert generate(language_model, PROMPTS, max_new_tokens=12) == expected
+    assert texts(language_model, PROMPTS, max_new_tokens=12) == expected
 
 
 def test_a_prompt_may_fill_the_context(language_model, greedy):
     prompt = "x" * (language_model.context - 5)
     ids = language_model.tokenizer.encode(prompt)
     expected = language_model.tokenizer.decode(greedy(language_model, ids, 5))
-    assert generate(language_model, [prompt], max_new_tokens=5) == [expected]
+    assert texts(language_model, [prompt], max_new_tokens=5) == [expected]
 
 
 def test_bos_stands_before_the_prompt(language_model, greedy):
     ids = [7, *language_model.tokenizer.encode("stone")]
     expected = language_model.tokenizer.decode(greedy(language_model, ids, 6))
-    assert generate(with_tokenizer(language_model, bos_id=7), ["stone"], max_new_tokens=6) == [expected]
+    assert texts(with_tokenizer(language_model, bos_id=7), ["stone"], max_new_tokens=6) == [expected]
 
 
 def test_a_row_ends_at_its_stop_token_and_others_go_on(language_model, greedy):
@@ -45,18 +52,18 @@ def test_a_row_ends_at_its_stop_token_and_others_go_on(language_model, greedy):
     assert stopping.stop_tokens == (stop,)
 
     def until_stop(ids):
-        return ids[: ids.index(stop)] if stop in ids else ids
+        return ids[: ids.index(stop) + 1] if stop in ids else ids
 
-    ids = decode(stopping, [encode(p) for p in PROMPTS], max_new_tokens=12, temperature=0.0, keys=None)
-    assert ids == [until_stop(row) for row in plain]
-    assert len(ids[0]) <= 4
+    generated = ij.generate(stopping, PROMPTS, max_new_tokens=12)
+    assert generated.rows() == [until_stop(row) for row in plain]
+    assert len(generated.rows()[0]) <= 5
+    assert generated.texts()[0] == language_model.tokenizer.decode(plain[0][: plain[0].index(stop)])
 
 
 def test_sampling_follows_the_softmax(language_model):
     n = 4000
     ids = language_model.tokenizer.encode("oak piles")
-    keys = jax.random.split(jax.random.key(1), n)
-    drawn = decode(language_model, [ids] * n, max_new_tokens=1, temperature=2.0, keys=keys)
+    drawn = ij.generate(language_model, [ids] * n, max_new_tokens=1, temperature=2.0, key=jax.random.key(1)).rows()
     logits = language_model.forward(language_model.params, jnp.asarray([ids]))[0, -1]
     expected = np.asarray(jax.nn.softmax(logits / 2.0))
     counted = np.bincount([row[0] for row in drawn], minlength=256) / n
@@ -67,15 +74,15 @@ def test_sampling_follows_the_softmax(language_model):
 
 def test_sampling_is_the_same_for_the_same_key_and_alone_or_in_a_batch(language_model):
     key = jax.random.key(3)
-    together = generate(language_model, PROMPTS, max_new_tokens=8, temperature=1.0, key=key)
-    assert together == generate(language_model, PROMPTS, max_new_tokens=8, temperature=1.0, key=key)
-    assert together[0] == generate(language_model, PROMPTS[:1], max_new_tokens=8, temperature=1.0, key=key)[0]
-    assert together != generate(language_model, PROMPTS, max_new_tokens=8, temperature=1.0, key=jax.random.key(4))
+    together = texts(language_model, PROMPTS, max_new_tokens=8, temperature=1.0, key=key)
+    assert together == texts(language_model, PROMPTS, max_new_tokens=8, temperature=1.0, key=key)
+    assert together[0] == texts(language_model, PROMPTS[:1], max_new_tokens=8, temperature=1.0, key=key)[0]
+    assert together != texts(language_model, PROMPTS, max_new_tokens=8, temperature=1.0, key=jax.random.key(4))
 
 
 def test_a_low_temperature_is_greedy(language_model):
-    cold = generate(language_model, PROMPTS, max_new_tokens=8, temperature=1e-4, key=jax.random.key(0))
-    assert cold == generate(language_model, PROMPTS, max_new_tokens=8)
+    cold = texts(language_model, PROMPTS, max_new_tokens=8, temperature=1e-4, key=jax.random.key(0))
+    assert cold == texts(language_model, PROMPTS, max_new_tokens=8)
 
 
 def test_an_intervention_equals_a_forward_pass_with_the_edit_in_it(language_model, greedy):
@@ -90,20 +97,32 @@ def test_an_intervention_equals_a_forward_pass_with_the_edit_in_it(language_mode
     edited = dataclasses.replace(language_model, params={**params, "blocks": blocks})
     decode_ids, encode = language_model.tokenizer.decode, language_model.tokenizer.encode
     expected = [decode_ids(greedy(edited, encode(prompt), 10)) for prompt in PROMPTS]
-    steered = generate(language_model, PROMPTS, max_new_tokens=10, intervention=quiet)
+    steered = texts(language_model, PROMPTS, max_new_tokens=10, interventions=quiet)
     assert steered == expected
-    assert steered != generate(language_model, PROMPTS, max_new_tokens=10)
+    assert steered != texts(language_model, PROMPTS, max_new_tokens=10)
 
 
-def test_an_intervention_is_read_anew_each_time(language_model):
-    scale = 0.0
+@pytest.mark.parametrize("where", ["prompt", "generated"])
+def test_an_intervention_at_some_positions(language_model, greedy, where):
+    shift = np.linspace(-2, 2, 16)
 
-    def shrink(activation):
-        return activation.value * scale if activation.name == "resid_post" else None
+    def shifted(activation):
+        if activation.name == "resid_post" and activation.layer == 0:
+            return activation.value + shift
+        return None
 
-    shrunk = generate(language_model, PROMPTS, max_new_tokens=6, intervention=shrink)
-    scale = 1.0
-    assert generate(language_model, PROMPTS, max_new_tokens=6, intervention=shrink) != shrunk
+    expected = []
+    for prompt in PROMPTS:
+        ids = language_model.tokenizer.encode(prompt)
+        at = slice(None, len(ids)) if where == "prompt" else slice(len(ids), None)
+
+        def edit(value, name, layer, at=at):
+            if (layer, name) == (0, "resid_post"):
+                value[at] += shift
+            return value
+
+        expected.append(language_model.tokenizer.decode(greedy(language_model, ids, 8, edit)))
+    assert texts(language_model, PROMPTS, max_new_tokens=8, interventions=shifted, where=where) == expected
 
 
 @pytest.mark.caches
@@ -116,10 +135,9 @@ def test_prompts_of_like_lengths_share_a_program(language_model):
         return language_model.forward(params, tokens)
 
     counting = dataclasses.replace(language_model, forward=counted)
-    generate(counting, ["one"], max_new_tokens=8)
+    texts(counting, ["one"], max_new_tokens=8)
     traced = calls
-    generate(counting, ["three"], max_new_tokens=6)
-    generate(counting, ["seven"], max_new_tokens=6, temperature=0.7, key=jax.random.key(0))
+    texts(counting, ["three"], max_new_tokens=8)
     assert calls == traced
 
 
@@ -127,35 +145,37 @@ def test_prompts_of_like_lengths_share_a_program(language_model):
     ("arguments", "message"),
     [
         ({"prompts": [""]}, "no token to continue from"),
-        ({"prompts": []}, "no prompt"),
-        ({"prompts": ["x" * 45]}, "45 tokens and 8 new ones need 53 positions, and two-layer model has 48"),
-        ({"max_new_tokens": 0}, "at least 1, got 0"),
-        ({"temperature": -1.0}, "got -1.0"),
-        ({"temperature": float("nan")}, "got nan"),
-        ({"temperature": 1.0}, r"pass key=jax.random.key\(0\)"),
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": ["x" * 45]}, "45 tokens; with 8 new ones that exceeds the context of 48"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"temperature": -1.0}, "at least 0"),
+        ({"temperature": float("nan")}, "nan; it must be"),
+        ({"temperature": 1.0}, "needs key=jax.random.key"),
     ],
 )
 def test_bad_input(language_model, arguments, message):
     with pytest.raises(ValueError, match=message):
-        generate(language_model, **{"prompts": ["stone"], "max_new_tokens": 8} | arguments)
-
-
-def test_one_string_is_not_a_list_of_prompts(language_model):
-    with pytest.raises(TypeError, match="put it into a list"):
-        generate(language_model, "stone")
+        texts(language_model, **{"prompts": ["stone"], "max_new_tokens": 8} | arguments)
 
 
 def test_ids_outside_the_vocabulary(language_model):
-    with pytest.raises(ValueError, match="Token id 256 is outside"):
-        decode(language_model, [[1, 256]], max_new_tokens=1, temperature=0.0, keys=None)
+    with pytest.raises(ValueError, match="Prompt 0 holds 256; the model's tokens are 0 to 255"):
+        ij.generate(language_model, [[1, 256]], max_new_tokens=1)
+
+
+def test_what_needs_a_cache_is_told(language_model):
+    with pytest.raises(ValueError, match="fetch_sites does not work"):
+        ij.generate(language_model, PROMPTS, max_new_tokens=2, fetch_sites="resid_post")
+    with pytest.raises(ValueError, match="no cache here"):
+        ij.iterate_generation(language_model, PROMPTS, max_new_tokens=2)
 
 
 def test_logits_that_are_not_finite(language_model):
     def spoil(activation):
         return activation.value * jnp.nan if activation.name == "logits" else None
 
-    with pytest.raises(FloatingPointError, match="not finite in row 0 of 1"):
-        generate(language_model, ["stone"], max_new_tokens=2, intervention=spoil)
+    with pytest.raises(FloatingPointError, match="not finite in row 0 of 1: the edit is too large"):
+        texts(language_model, ["stone"], max_new_tokens=2, interventions=spoil)
 
 
 def test_a_wrong_shape_names_the_site(language_model):
@@ -163,4 +183,4 @@ def test_a_wrong_shape_names_the_site(language_model):
         return activation.value[:, :1] if activation.name == "resid_post" else None
 
     with pytest.raises(ValueError, match="resid_post"):
-        generate(language_model, ["stone"], max_new_tokens=2, intervention=cut)
+        texts(language_model, ["stone"], max_new_tokens=2, interventions=cut)
