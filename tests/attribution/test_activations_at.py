@@ -8,7 +8,7 @@ from small_models import all_sites, small_model, small_tokens
 import interp_jax as ij
 from interp_jax.attribution.activations_at import activations_at
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 
 def test_each_prompt_gives_what_it_gives_alone():

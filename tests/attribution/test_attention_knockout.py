@@ -14,7 +14,7 @@ from interp_jax.attribution.logit_lens import logit_lens
 from interp_jax.models import transformer
 from interp_jax.models.transformer import stacked
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 
 @jax.jit
@@ -38,7 +38,7 @@ def mask(layers, heads, queries, keys):
     return masks
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_a_knockout_is_a_mask_before_the_softmax(family):
     model, tokens = small_model(family), small_tokens()
     masks = mask([1], [0, 2], [6, 4], [1, 2])
@@ -49,6 +49,7 @@ def test_a_knockout_is_a_mask_before_the_softmax(family):
     np.testing.assert_allclose(logits[:, [0, 1, 2, 3, 5]], clean[:, [0, 1, 2, 3, 5]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_at_once_without_renormalising_in_stacked_layers():
     model, tokens = small_model(), small_tokens()
     model = dataclasses.replace(model, params=stacked(model.params))
@@ -58,6 +59,7 @@ def test_several_at_once_without_renormalising_in_stacked_layers():
     np.testing.assert_allclose(logits, with_zeroed_probabilities(model.params, tokens, masks), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_query_with_nothing_left_attends_to_nothing():
     model, tokens = small_model(), small_tokens()
     cut = knocked_out(model, 7, Knockout(3, None, layers=0))
@@ -80,6 +82,7 @@ def test_a_model_with_a_knockout_goes_where_a_model_does():
     np.testing.assert_allclose(cut.unembed(cut.params, directions), model.unembed(model.params, directions))
 
 
+@pytest.mark.slow
 def test_another_knockout_does_not_compile_again():
     traces = []
 

@@ -15,7 +15,7 @@ from interp_jax.models import transformer
 from interp_jax.models.transformer import named_parameters
 from interp_jax.sae import ReLUSAE
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 ALL = {"coarse": ("embed", "attn_out", "mlp_out"), "fine": ("embed", "attn_heads", "mlp_act")}
 
@@ -25,7 +25,7 @@ def summed(found):
     return found.constant + sum(np.asarray(value).reshape(len(value), -1).sum(1) for value in found.pieces.values())
 
 
-FAST = {("gpt2", "coarse"), ("gemma", "coarse"), ("gpt2", "fine")}  # each is a compilation of seconds
+FAST = {("gemma", "coarse"), ("gpt2", "fine")}  # each is a compilation of seconds
 CASES = [
     pytest.param(family, sites, marks=() if (family, sites) in FAST else pytest.mark.slow)
     for family in CONFIGS
@@ -103,7 +103,9 @@ def test_heads_behind_a_post_norm_by_hand():
     np.testing.assert_allclose(found.pieces[0, "attn_heads"][0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", pytest.param("gemma", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("gemma", marks=pytest.mark.slow)]
+)
 def test_a_model_that_nothing_is_known_of_gives_the_same(family):
     model, tokens = small_model(family), small_tokens()
     known = direct_logit_attribution(model, tokens, 3, 8)
@@ -170,6 +172,7 @@ def test_ranks_tables_and_layers():
         found.by_layer("q")
 
 
+@pytest.mark.slow
 def test_another_prompt_of_the_same_length_does_not_compile_again():
     traces = []
 

@@ -11,7 +11,7 @@ from small_models import CONFIGS, all_sites, small_model, small_tokens
 from interp_jax.attribution.head_circuits import LowRank, composition_score, output_value_circuit, query_key_circuit
 from interp_jax.models.transformer import named_parameters, stacked
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 
 def parameters(model):
@@ -24,7 +24,9 @@ def without_biases(model):
     return dataclasses.replace(model, params=jax.tree.unflatten(jax.tree.structure(model.params), leaves))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=() if each in ("llama", "gemma") else pytest.mark.slow) for each in CONFIGS]
+)
 def test_ov_circuits_give_what_attention_writes(family):
     model, tokens = small_model(family), small_tokens()
     at, p = all_sites(model, tokens), parameters(model)
@@ -41,7 +43,7 @@ def test_ov_circuits_give_what_attention_writes(family):
         np.testing.assert_allclose(written, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "neox"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("neox", marks=pytest.mark.slow)])
 def test_qk_circuits_give_attention_logits_at_every_distance(family):
     model, tokens = small_model(family), small_tokens(batch=1)
     if family == "neox":  # with a part of each head turned; its biases set to zero
@@ -74,6 +76,7 @@ def test_qk_circuits_of_normed_and_capped_scores():
     assert uncapped == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_gpt2_learned_positions_need_no_distance():
     model, tokens = without_biases(small_model("gpt2")), small_tokens(batch=1)
     at = all_sites(model, tokens)

@@ -13,7 +13,7 @@ from interp_jax.instrument import site
 from interp_jax.models.tiny import load_tiny
 from interp_jax.sae import ReLUSAE
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 
 def planted_forward(params, tokens):
@@ -30,7 +30,7 @@ def planted_forward(params, tokens):
     return site(logits, "logits")
 
 
-EMBED = np.eye(4, dtype=np.float32) * [1.0, 1.0, 1.0, 5.0]
+EMBED = np.diag([1.0, 1.0, 1.0, 5.0]).astype(np.float32)
 IDENTITY = ReLUSAE(W_enc=jnp.eye(4), W_dec=jnp.eye(4), b_enc=jnp.zeros(4), b_dec=jnp.zeros(4))
 SAES = {(1, "resid_post"): IDENTITY, (0, "resid_post"): IDENTITY}  # their order is no matter
 
@@ -80,6 +80,7 @@ def test_what_autoencoders_miss_is_a_node(planted):
     assert found.edges == ()
 
 
+@pytest.mark.slow
 def test_with_everything_in_the_circuit_the_model_is_itself():
     model, tokens = small_model(), small_tokens(batch=3)
     pair = pair_of(np.asarray(tokens[0]), np.asarray(tokens[1]), answer=3, wrong=4)

@@ -15,7 +15,7 @@ from interp_jax.attribution.latent_edges import latent_edges
 from interp_jax.models import transformer
 from interp_jax.models.transformer import stacked
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 
 def active(codes, n=3):
@@ -44,7 +44,7 @@ def test_an_edge_is_the_codes_value_times_a_finite_difference():
             assert edge == pytest.approx(float(codes[position, latent]) * slope, rel=2e-2, abs=2e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_with_patterns_and_sizes_frozen_edges_add_up_to_what_the_encoder_reads(family):
     """From a layer's input to what its attention writes: what is not from the stream is biases."""
     model, tokens = small_model(family), small_tokens(batch=1)
@@ -64,6 +64,7 @@ def test_with_patterns_and_sizes_frozen_edges_add_up_to_what_the_encoder_reads(f
         assert total == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_without_frozen_norms_they_nearly_cancel():
     model, tokens = small_model(), small_tokens(batch=1)
     up, down = (1, "resid_pre"), (1, "attn_out")
@@ -73,6 +74,7 @@ def test_without_frozen_norms_they_nearly_cancel():
     assert found.latents.sum() + found.error.sum() + found.bias.sum() == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_frozen_attention_is_attention_with_its_pattern_planted():
     model, tokens = small_model(), small_tokens(batch=1)
     up, down = (0, "resid_post"), (1, "resid_mid")
@@ -121,6 +123,7 @@ def test_in_a_linear_model_edges_are_virtual_weights_times_codes():
         np.testing.assert_allclose(found.latents[number], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_prompt_and_fewer_targets_do_not_compile_again():
     traces = []
 

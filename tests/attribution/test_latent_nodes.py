@@ -18,7 +18,7 @@ from interp_jax.models import transformer
 from interp_jax.models.transformer import stacked
 from interp_jax.sae import ReLUSAE
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 
 def random_sae(width, d_sae, seed):
@@ -92,6 +92,7 @@ def test_a_latents_effect_by_hand(linear):
         assert exact[0, "mlp_out_latents"][position, latent] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_differences():
     model, saes = small_model(), {(0, "resid_post"): random_sae(12, 16, 3)}
     spliced = with_latents(model, saes)

@@ -10,11 +10,18 @@ import interp_jax as ij
 from interp_jax.attribution.logit_lens import logit_lens
 from interp_jax.models.transformer import named_parameters
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma"])
-@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize(
+    ("family", "is_known"),
+    [
+        ("gpt2", True),
+        pytest.param("gemma", True, marks=pytest.mark.slow),
+        pytest.param("gpt2", False, marks=pytest.mark.slow),
+        ("gemma", False),
+    ],
+)
 def test_the_last_layer_is_the_models_own_prediction(family, is_known):
     model, tokens = small_model(family), small_tokens()
     probabilities = jax.nn.softmax(all_sites(model, tokens)[None, "logits"])

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from interp_jax.attribution.probes import held_out_split, train_probes
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 
 def data(n=160, d=12, places=(2, 3), signal=1.0, seed=0):
@@ -21,7 +21,9 @@ def data(n=160, d=12, places=(2, 3), signal=1.0, seed=0):
     return values.astype(np.float32), labels
 
 
-@pytest.mark.parametrize(("n", "d"), [(160, 12), (60, 80)])  # the second is separable
+@pytest.mark.parametrize(
+    ("n", "d"), [pytest.param(160, 12, marks=pytest.mark.slow), (60, 80)]
+)  # the second is separable
 def test_the_solver_in_jax_agrees_with_scikit_learn(n, d):
     values, labels = data(n, d)
     ours = train_probes(values, labels, seeds=(0, 1), l2=0.3)

@@ -9,7 +9,7 @@ from interp_jax.attribution.head_circuits import output_value_circuit
 from interp_jax.attribution.virtual_weights import strongest_virtual_weights, virtual_weights
 from interp_jax.sae import ReLUSAE
 
-pytestmark = pytest.mark.caches
+pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
 UP = ReLUSAE.random(12, 30, key=jax.random.key(0))
 DOWN = ReLUSAE.random(12, 20, key=jax.random.key(1))
@@ -31,7 +31,7 @@ def test_through_a_head():
     np.testing.assert_allclose(virtual_weights(UP, DOWN, circuit), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("carried", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_strongest_are_those_of_the_whole_matrix(carried):
     many = ReLUSAE.random(12, 2500, key=jax.random.key(4))  # two chunks and a part
     through = output_value_circuit(small_model(), 1, 0) if carried else None
