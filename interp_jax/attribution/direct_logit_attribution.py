@@ -303,6 +303,7 @@ def _finished(pieces: dict[Any, Array], constant: Array, total: Array, gains_are
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "n_layers", "sites"))
+@jax.default_matmul_precision("highest")  # or pieces would add up to three digits on an accelerator
 def _attribution(
     forward: Forward,
     n_layers: int,
@@ -331,6 +332,7 @@ def _attribution(
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "n_layers", "layer", "site", "input_site"))
+@jax.default_matmul_precision("highest")
 def _latent_attribution(
     forward: Forward,
     n_layers: int,
