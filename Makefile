@@ -10,8 +10,9 @@ PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
 LIBRARIES := gemma tunix penzai levanter
 PEER_saelens := sae-lens==6.54.12
 PEER_sparsify := eai-sparsify==1.3.3
+PEER_repeng := repeng==0.4.0
 
-.PHONY: demo test test-fast test-slow test-newest test-patches test-vocabularies lint format docs docs-serve bench bench-models bench-sae bench-activations bench-tpu studies-sae constraints clean
+.PHONY: demo test test-fast test-slow test-newest test-patches test-vocabularies lint format docs docs-serve bench bench-models bench-sae bench-activations bench-attribution bench-steering bench-tpu studies-sae constraints clean
 
 demo: $(VENV)/.demo ## the whole idea at work on SmolLM2-135M; writes demo/index.html
 	$(BIN)/interp-jax demo --resume
@@ -75,6 +76,12 @@ studies-sae: $(VENV)/.dev ## claims about training dictionaries, tried on the ti
 bench-activations: $(VENV)/.dev ## the store of activations beside plain file copy
 	$(BIN)/python -m benchmarks.activations
 
+bench-attribution: $(VENV)-peers/.done ## attribution in passes, and patching beside nnsight and PyTorch
+	$(VENV)-peers/bin/python -W ignore -m benchmarks.attribution
+
+bench-steering: $(VENV)/.dev $(VENV)-repeng/.done ## steered decoding beside plain decoding and beside repeng
+	$(BIN)/python -W ignore -m benchmarks.steering
+
 bench-tpu: $(VENV)-tpu/.done ## compiled ahead of time for TPUs: the layer scan, and whether large models and autoencoders fit; needs none
 	$(VENV)-tpu/bin/python -m benchmarks.instrument.tpu
 	$(VENV)-tpu/bin/python -W ignore -m benchmarks.models.large
@@ -86,7 +93,7 @@ constraints: $(VENV)/.uv ## pins every dependency anew; no addresses
 	  --extra demo --extra dev --extra docs -o constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu $(VENV)-peers $(VENV)-saelens $(VENV)-sparsify $(VENV)-patches $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-peers $(VENV)-saelens $(VENV)-sparsify $(VENV)-repeng $(VENV)-patches $(NEWEST) site dist .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.uv:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -112,7 +119,7 @@ $(VENV)-tpu/.done: pyproject.toml constraints.txt $(VENV)/.uv
 	@touch $@
 
 # Peers that can share no environment with ours, nor with one another.
-$(VENV)-saelens/.done $(VENV)-sparsify/.done: $(VENV)-%/.done: $(VENV)/.uv
+$(VENV)-saelens/.done $(VENV)-sparsify/.done $(VENV)-repeng/.done: $(VENV)-%/.done: $(VENV)/.uv
 	$(UV) venv --quiet --clear --python $(BIN)/python $(VENV)-$*
 	$(INSTALL) --python $(VENV)-$*/bin/python torch==2.13.0 $(PEER_$*)
 	@touch $@

@@ -1,0 +1,1 @@
+"""Attribution beside forward and backward passes, and patching beside PyTorch."""
