@@ -1,0 +1,1 @@
+"""Pursuits beside the products that they cannot do without, and beside scikit-learn."""

@@ -1,0 +1,49 @@
+"""SmolLM2 steered by repeng, on PyTorch, in an environment and a process of its own."""
+
+import importlib
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peer_process import serve
+
+
+def main(folder: pathlib.Path) -> None:
+    """Answers what is asked for.
+
+    Args:
+        folder: holds `config.json`, `model.safetensors` and `direction.npy`.
+    """
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    repeng: Any = importlib.import_module("repeng")
+    load_file: Any = importlib.import_module("safetensors.torch").load_file
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    fields = json.loads((folder / "config.json").read_text())
+    layer = fields.pop("layer")
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
+    plain.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    plain.tie_weights()
+    model = repeng.ControlModel(plain, [layer])
+    vector = repeng.ControlVector("llama", {layer: np.load(folder / "direction.npy")})
+
+    def decode(prompts: list[list[int]], n_tokens: int, coefficient: float) -> list[list[int]]:
+        model.set_control(vector, coefficient)
+        rows = torch.tensor(prompts)
+        found = model.generate(
+            rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=n_tokens,
+            min_new_tokens=n_tokens, pad_token_id=0,
+        )  # fmt: skip
+        return found[:, rows.shape[1] :].tolist()
+
+    with torch.no_grad():
+        serve({"decode": decode})
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
