@@ -18,6 +18,7 @@ from interp_jax.attribution.logit_lens import LogitLens, logit_lens
 from interp_jax.attribution.metric import KL, LogitDifference, LogProbability, Loss
 from interp_jax.attribution.nodes import Effects, Node, NodeEffect, Nodes
 from interp_jax.attribution.non_linear_excess import Excess, LinearStructure, linear_structure, non_linear_excess
+from interp_jax.attribution.path_patching import path_patching
 from interp_jax.attribution.probes import Probes, train_probes
 from interp_jax.attribution.prompt_pair import PromptPair, prompt_pair
 from interp_jax.attribution.truncated_context import TruncatedContext, truncated_context_similarity
@@ -67,6 +68,7 @@ __all__ = [
     "logit_lens",
     "non_linear_excess",
     "output_value_circuit",
+    "path_patching",
     "prompt_pair",
     "query_key_circuit",
     "strongest_virtual_weights",

@@ -35,12 +35,17 @@ from interp_jax.instrument import fetch, iterate
 from interp_jax.models.language_model import LanguageModel
 
 __all__ = [
+    "DEFAULT_BUDGET",
     "Ablation",
     "Direction",
+    "Forward",
     "Patching",
     "activation_patching",
+    "by_family",
+    "families_of_sets",
     "joint_patching",
     "patch_families",
+    "rows_that_fit",
     "site_values",
 ]
 
@@ -136,6 +141,37 @@ def _patched(
             running.modified_value = new
         del value
     return metric(running.retval)
+
+
+def by_family(families: Sequence[Family], masks: Bool[np.ndarray, "rows n_nodes"]) -> tuple[np.ndarray, ...]:
+    """Masks in the order of `Effects.flat` as `[rows, n_layers, *by_shape]` for each family."""
+    ends = np.cumsum([family.n_nodes for family in families])[:-1]
+    return tuple(
+        part.reshape(-1, len(family.layers), *family.by_shape)
+        for family, part in zip(families, np.split(masks, ends, axis=1), strict=True)
+    )
+
+
+def rows_that_fit(n_rows: int, needed: Callable[[int], int], memory_budget: int) -> int:
+    """How many rows a batch has: as many as fit the budget, and no more than share all rows out evenly.
+
+    Args:
+        n_rows: of the whole work.
+        needed: the bytes that a batch of so many rows takes.
+        memory_budget: bytes.
+
+    Raises:
+        ValueError: if one row does not fit.
+    """
+    rows = -(-n_rows // -(-n_rows // MOST_ROWS))
+    while (bytes_needed := needed(rows)) > memory_budget:
+        if rows == 1:
+            raise ValueError(
+                f"A batch of one row needs {bytes_needed:,} bytes besides the model's parameters, more than the memory "
+                f"budget of {memory_budget:,}. Raise the budget, or name fewer layers."
+            )
+        rows = max(1, min(rows - 1, rows * memory_budget // bytes_needed))
+    return rows
 
 
 class Patching:
@@ -253,28 +289,14 @@ class Patching:
         return _patched(*self._arguments(masks, sources))
 
     def _arguments(self, masks: np.ndarray, sources: tuple[Any, ...]) -> tuple[Any, ...]:
-        ends = np.cumsum([family.n_nodes for family in self.families])[:-1]
-        shaped = tuple(
-            part.reshape(-1, len(family.layers), *family.by_shape)
-            for family, part in zip(self.families, np.split(masks, ends, axis=1), strict=True)
-        )
         model = self.language_model
+        shaped = by_family(self.families, masks)
         return (model.forward, self.families, model.params, self.metric, self._tokens, sources, shaped)
 
     @functools.cached_property
     def rows(self) -> int:
         """Rows of a batch: as many as fit the budget, and no more than share the nodes out evenly."""
-        rows = -(-self.n_nodes // -(-self.n_nodes // MOST_ROWS))
-        while True:
-            needed = self._needed(rows)
-            if needed <= self.memory_budget:
-                return rows
-            if rows == 1:
-                raise ValueError(
-                    f"A batch of one row needs {needed:,} bytes besides the model's parameters, more than the memory "
-                    f"budget of {self.memory_budget:,}. Raise the budget, or name fewer layers."
-                )
-            rows = max(1, min(rows - 1, rows * self.memory_budget // needed))
+        return rows_that_fit(self.n_nodes, self._needed, self.memory_budget)
 
     def _needed(self, rows: int) -> int:
         masks = np.zeros((rows, self.n_nodes), bool)
@@ -349,22 +371,39 @@ def joint_patching(
     Raises:
         ValueError: as `activation_patching`.
     """
-    masks = [as_mask(language_model, list(each), pair.seq) for each in sets]
-    families = _families_for(masks, sets)
-    if not families:
+    families, flat = families_of_sets(language_model, sets, pair.seq)
+    return Patching(language_model, pair, families, **options).of_sets(flat)
+
+
+def families_of_sets(
+    language_model: LanguageModel, sets: Sequence[Collection[Node]], seq: int
+) -> tuple[list[Nodes], Bool[np.ndarray, "n_sets n_nodes"]]:
+    """The coarsest families whose nodes make up the sets, and the sets as masks in the order of `Effects.flat`.
+
+    Args:
+        language_model: the model.
+        sets: the sets.
+        seq: tokens of a prompt.
+
+    Raises:
+        ValueError: for a node that does not exist, or if there is none in any set.
+    """
+    masks = [as_mask(language_model, list(each), seq) for each in sets]
+    nodes = _families_for(masks, sets)
+    if not nodes:
         raise ValueError("There are no nodes in any of the sets.")
-    patching = Patching(language_model, pair, families, **options)
-    flat = np.zeros((len(sets), patching.n_nodes), bool)
+    families = resolve(language_model, nodes, seq)
+    flat = np.zeros((len(sets), sum(family.n_nodes for family in families)), bool)
     for row, of_set in zip(flat, masks, strict=True):
         start = 0
-        for family in patching.families:
+        for family in families:
             part = row[start : start + family.n_nodes].reshape(len(family.layers), *family.by_shape)
             start += family.n_nodes
             held = tuple(place for place, axis in enumerate(family.axes) if axis not in family.by)
             for place, layer in enumerate(family.layers):
                 if (layer, family.site) in of_set:
                     part[place] = of_set[layer, family.site].any(axis=held)
-    return patching.of_sets(flat)
+    return nodes, flat
 
 
 def _families_for(masks: Sequence[Mapping[Any, np.ndarray]], sets: Sequence[Collection[Node]]) -> list[Nodes]:
