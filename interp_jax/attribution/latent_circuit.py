@@ -8,12 +8,17 @@ Found as Marks et al. 2024 do ("Sparse Feature Circuits"):
   node (`latent_edges`).
 
 Judged by ablation on the clean prompt. An ablated latent has its mean code over a reference text, an ablated error the
-mean error. With `full` the model's metric and `empty` that with everything ablated,
+mean error; without a reference both have what they are on the corrupted prompt. With `full` the model's metric and
+`empty` that with everything ablated,
 
     faithfulness = (metric with all but the circuit ablated - empty) / (full - empty)      1: the circuit suffices
     completeness = (full - metric with the circuit ablated) / (full - empty)               1: nothing else does
 
-Neither is bound to 0 and 1. The first position is never ablated, nor is it in a circuit: it is where attention rests,
+Neither is bound to 0 and 1. Nodes are chosen by what differs between the prompts; what both prompts share is never in a
+circuit, and to put means in its place tests the circuit without its surroundings. The corrupted prompt's values leave
+them as they are.
+
+The first position is never ablated, nor is it in a circuit: it is where attention rests,
 and a mean in its place breaks the model out of all proportion (see `interp_jax.activations.splice`).
 """
 
@@ -108,7 +113,7 @@ def latent_circuit(
     language_model: LanguageModel,
     pair: PromptPair,
     saes: Mapping[Place, Autoencoder],
-    reference: Int[Array | np.ndarray, "n seq"],
+    reference: Int[Array | np.ndarray, "n seq"] | None = None,
     *,
     metric: Metric | None = None,
     threshold: float = 0.02,
@@ -120,7 +125,8 @@ def latent_circuit(
         language_model: The model.
         pair: The prompts.
         saes: Autoencoders by (layer, site).
-        reference: Tokens of ordinary text, for the means that stand in for ablated nodes.
+        reference: Tokens of ordinary text, for the means that stand in for ablated nodes; None for the values of the
+            corrupted prompt.
         metric: What is measured; None is the pair's own (see `metric_of`).
         threshold: The least effect of a node, as a share of the metric's difference between the prompts.
         edge_threshold: The least share of a downstream code that an edge carries.
@@ -151,13 +157,15 @@ def latent_circuit(
     everything = jax.tree.map(np.ones_like, masks)
     others = jax.tree.map(np.logical_not, masks)
     forward, params, places = language_model.forward, language_model.params, tuple(saes)
-    means = _means(forward, places, params, list(saes.values()), jnp.asarray(reference, jnp.int32))
-    scores = [
-        float(_ablated(forward, places, params, list(saes.values()), means, kept, metric_of(metric, pair), pair_tokens))
-        for pair_tokens in [jnp.asarray(pair.clean, jnp.int32)[None]]
+    text = pair.corrupted[None] if reference is None else reference
+    instead = _stand_ins(
+        forward, places, reference is not None, params, list(saes.values()), jnp.asarray(text, jnp.int32)
+    )
+    clean, measure = jnp.asarray(pair.clean, jnp.int32)[None], metric_of(metric, pair)
+    full, empty, alone, without = (
+        float(_ablated(forward, places, params, list(saes.values()), instead, kept, measure, clean))
         for kept in (everything, nothing, masks, others)
-    ]
-    full, empty, alone, without = scores
+    )
     if abs(full - empty) <= 1e-6 * max(abs(full), abs(empty)):
         raise ValueError(
             f"The metric is {full:.6g} with every latent and error ablated and without: these places carry none of it. "
@@ -193,19 +201,25 @@ def _place(node: Node) -> Place:
     return node.layer, node.site.removesuffix("_latents").removesuffix("_error")
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "places"))
-def _means(
-    forward: Callable[..., Array], places: tuple[Place, ...], params: Any, saes: list[Autoencoder], tokens: Array
+@functools.partial(jax.jit, static_argnames=("forward", "places", "is_mean"))
+def _stand_ins(
+    forward: Callable[..., Array],
+    places: tuple[Place, ...],
+    is_mean: bool,
+    params: Any,
+    saes: list[Autoencoder],
+    tokens: Array,
 ) -> list[tuple[Array, Array]]:
-    """Mean codes and mean error at each place, over all positions but the first."""
+    """Codes and error at each place: their means over all positions but the first, or one row's as they are."""
     of_place = dict(zip(places, saes, strict=True))
     start = iterate(forward, sites={name for _, name in places}, layers={layer for layer, _ in places})
     for layer, name, value in (running := start(params, tokens)):
         if (sae := of_place.get((layer, name))) is not None:
-            read = value[:, 1:].astype(jnp.float32)
+            read = value.astype(jnp.float32)
             codes = sae.encode(read)
-            running.save((layer, name), (codes.mean(axis=(0, 1)), (read - sae.decode(codes)).mean(axis=(0, 1))))
-            del read, codes
+            both = codes, read - sae.decode(codes)
+            running.save((layer, name), tuple(each[:, 1:].mean(axis=(0, 1)) if is_mean else each[0] for each in both))
+            del read, codes, both
         del value
     return [running.saved[place] for place in places]
 
@@ -216,21 +230,21 @@ def _ablated(
     places: tuple[Place, ...],
     params: Any,
     saes: list[Autoencoder],
-    means: list[tuple[Array, Array]],
+    instead: list[tuple[Array, Array]],
     kept: list[_Kept],
     metric: Any,
     tokens: Array,
 ) -> Array:
     """The metric of one row with all ablated that is not kept."""
-    of_place = dict(zip(places, zip(saes, means, kept, strict=True), strict=True))
+    of_place = dict(zip(places, zip(saes, instead, kept, strict=True), strict=True))
     start = iterate(forward, sites={name for _, name in places}, layers={layer for layer, _ in places})
     for layer, name, value in (running := start(params, tokens)):
         if (found := of_place.get((layer, name))) is not None:
-            sae, (mean_codes, mean_error), (latents, errors) = found
+            sae, (other_codes, other_error), (latents, errors) = found
             read = value.astype(jnp.float32)
             codes = sae.encode(read)
-            error = jnp.where(errors[:, None], read - sae.decode(codes), mean_error)
-            new = sae.decode(jnp.where(latents, codes, mean_codes)) + error
+            error = jnp.where(errors[:, None], read - sae.decode(codes), other_error)
+            new = sae.decode(jnp.where(latents, codes, other_codes)) + error
             is_first = jnp.arange(read.shape[1])[:, None] == 0
             running.modified_value = jnp.where(is_first, value, new.astype(value.dtype))
             del read, codes, error, new

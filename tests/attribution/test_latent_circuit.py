@@ -58,6 +58,15 @@ def test_the_planted_nodes_and_edge_are_found_faithful_and_complete(planted):
     assert "L0 resid_post_latents, position 2 't0', unit 0 -> L1 resid_post_latents, position 3" in lines[-1]
 
 
+def test_without_a_reference_the_corrupted_prompt_stands_in(planted):
+    model, _, _ = planted
+    pair = pair_of([1, 3, 0, 2], [1, 0, 3, 2], answer=0, wrong=1)  # feature 2 works against it on both prompts alike
+    found = latent_circuit(model, pair, SAES)
+    assert (found.full, found.empty) == (pytest.approx(1), pytest.approx(-1))
+    assert found.empty == pytest.approx(found.effects.corrupted)
+    assert (found.faithfulness, found.completeness) == (pytest.approx(1), pytest.approx(1))
+
+
 def test_half_of_a_behaviour_is_told_from_all_of_it(planted):
     """Feature 2 at the last position adds to the metric too, but alike on both prompts: attribution does not see it."""
     model, _, reference = planted
@@ -96,10 +105,11 @@ def test_on_a_trained_model_a_lower_threshold_is_more_faithful():
     tiny = load_tiny()
     pair = prompt_pair(tiny, "The city is the capital of the", "The war is the cause of the", answer=" United")
     saes = {(layer, "mlp_out"): random_sae(128, 64, layer) for layer in (0, 3)}
-    reference = jnp.array([tiny.encode_prompt("In the history of the city the war was a part of the empire")])
-    few, many = (latent_circuit(tiny, pair, saes, reference, threshold=threshold) for threshold in (0.1, 0.001))
+    few, many = (latent_circuit(tiny, pair, saes, threshold=threshold) for threshold in (0.1, 0.0001))
     assert len(few.nodes) < len(many.nodes)
     assert abs(many.faithfulness - 1) < abs(few.faithfulness - 1)
+    assert many.faithfulness == pytest.approx(1, abs=0.02)
+    assert many.completeness == pytest.approx(1, abs=0.02)
 
 
 def test_bad_input_is_told(planted):
