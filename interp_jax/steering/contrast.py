@@ -64,7 +64,7 @@ def from_pair(
         )
     kept = tuple(at % length for at in kept)
     source = f"{positive!r} minus {negative!r}" + ("" if pad is None else f", padded with {pad!r}")
-    return SteeringVector((first - second)[list(kept)], layer, site, source, kept)
+    return SteeringVector((first - second)[list(kept)], layer, site, source, kept, language_model.name)
 
 
 def mean_difference(
@@ -97,7 +97,7 @@ def mean_difference(
         read_activations(language_model, texts, site=site, layer=layer, read=read) for texts in (positives, negatives)
     )
     source = f"mean of {len(positives)} texts minus mean of {len(negatives)}, {_SAID[read]}"
-    return SteeringVector(first.mean(axis=0) - second.mean(axis=0), layer, site, source)
+    return SteeringVector(first.mean(axis=0) - second.mean(axis=0), layer, site, source, model=language_model.name)
 
 
 def principal_component(
@@ -141,7 +141,8 @@ def principal_component(
         raise ValueError("The two texts of every pair have equal activations, so no direction tells them apart.")
     direction = components[0] * (1 if (differences @ components[0]).sum() >= 0 else -1)
     source = f"first principal component of {len(positives)} differences of texts, {_SAID[read]}"
-    return SteeringVector(direction * singular[0] / np.sqrt(len(differences)), layer, site, source)
+    direction = direction * singular[0] / np.sqrt(len(differences))
+    return SteeringVector(direction, layer, site, source, model=language_model.name)
 
 
 _SAID = {"last": "each text's last token", "mean": "each text's mean"}

@@ -171,7 +171,7 @@ def latent_difference(
     codes = [np.asarray(codes_of(sae, jnp.asarray(values[start:]))) for values in (first, second)]
     source = f"codes of {positive!r} minus codes of {negative!r}" + ("" if pad is None else f", padded with {pad!r}")
     positions = tuple(range(start, len(first)))
-    original = SteeringVector((first - second)[start:], layer, site, source, positions)
+    original = SteeringVector((first - second)[start:], layer, site, source, positions, language_model.name)
     return Decomposition(_parts(codes[0] - codes[1]), _dictionary(sae), original)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from interp_jax.instrument import Activation, iterate
 from interp_jax.models.decoding import Place
+from interp_jax.models.language_model import LanguageModel
 from interp_jax.sae import Autoencoder
 from interp_jax.steering.positions import Positions, Stretch, check_positions, is_at, is_in
 from interp_jax.steering.steering_vector import SteeringVector
@@ -244,20 +245,31 @@ def places_of(edits: Sequence[Edit]) -> tuple[tuple[str, ...], tuple[int | None,
     return tuple(sorted({edit.site for edit in edits})), tuple(dict.fromkeys(edit.layer for edit in edits))
 
 
-def check_edits(edits: Sequence[Any], n_prompt: Sequence[int]) -> tuple[Edit, ...]:
-    """Makes edits of vectors, and refuses what no prompt has room for.
+def check_edits(edits: Any, language_model: LanguageModel, n_prompt: Sequence[int]) -> tuple[Edit, ...]:
+    """Makes edits of vectors, and refuses what is not for the model, or what no prompt has room for.
 
     Args:
-        edits: edits, or vectors that are added as they are.
+        edits: an edit, a vector that is added as it is, or several of them.
+        language_model: the model.
         n_prompt: how many tokens each prompt has.
 
     Raises:
-        ValueError: if there is none, or one acts outside a prompt.
+        ValueError: if there is none, one is another model's, there is no such layer, or one acts outside a prompt.
     """
+    edits = list(edits) if isinstance(edits, list | tuple) else [edits]
     if not edits:
         raise ValueError("There is nothing to steer with; give a SteeringVector or an edit.")
+    for edit in edits:
+        if isinstance(edit, SteeringVector) and edit.model not in ("", language_model.name):
+            raise ValueError(
+                f"The vector from {edit.source or 'somewhere'} is of {edit.model}'s activations, and this is "
+                f"{language_model.name}. Make one from this model; or, if it is meant, set its model to ''."
+            )
     made = tuple(add_vector(edit) if isinstance(edit, SteeringVector) else edit for edit in edits)
     for edit in made:
+        if edit.layer is not None and not 0 <= edit.layer < language_model.n_layers:
+            layers = ", ".join(str(i) for i in range(language_model.n_layers))
+            raise ValueError(f"{language_model.name} has no layer {edit.layer}; its layers are {layers}.")
         check_positions(edit.positions, n_prompt)
     return made
 

@@ -102,7 +102,7 @@ def roll_out(
         raise ValueError(f"{len(prompts)} prompts of {n_seeds} seeds are nothing to sample; give at least one of each.")
     strengths = finite_coefficients(coefficients)
     rows = [begun(language_model, prompt) for prompt in prompts]
-    edits = check_edits(list(edits) if isinstance(edits, list | tuple) else [edits], [len(row) for row in rows])
+    edits = check_edits(edits, language_model, [len(row) for row in rows])
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(len(prompts) * n_seeds))
     one_strength = [row for row in rows for _ in range(n_seeds)]
     of_all = one_strength * len(strengths)

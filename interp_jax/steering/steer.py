@@ -95,7 +95,7 @@ def steer(
     # The same key in every row: see the module's docstring. It is the one that `generate` gives its first prompt.
     keys = jnp.stack([jax.random.fold_in(jax.random.key(0) if key is None else key, 0)] * len(strengths))
     texts = continuations(
-        language_model, rows, keys, check_edits(edits, [len(ids)]), strengths,
+        language_model, rows, keys, check_edits(edits, language_model, [len(ids)]), strengths,
         max_new_tokens=max_new_tokens, temperature=temperature, is_keyed=key is not None,
     )  # fmt: skip
     return [Continuation(float(c), text) for c, text in zip(strengths, texts, strict=True)]
@@ -148,10 +148,6 @@ def continuations(
         ValueError: as for `steer`.
         FloatingPointError: the logits are not finite.
     """
-    for edit in edits:
-        if edit.layer is not None and not 0 <= edit.layer < language_model.n_layers:
-            layers = ", ".join(str(i) for i in range(language_model.n_layers))
-            raise ValueError(f"{language_model.name} has no layer {edit.layer}; its layers are {layers}.")
     settings = checked_settings(
         temperature, None, None, keys if is_keyed else None, language_model.stop_tokens, language_model.vocab_size
     )

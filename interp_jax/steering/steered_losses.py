@@ -58,7 +58,7 @@ def steered_losses(
             f"{rows} rows of {context} tokens have nothing to predict after a prompt of {n_prompt}; give at least one "
             f"row of {n_prompt + 2} tokens."
         )
-    checked = check_edits(list(edits) if isinstance(edits, list | tuple) else [edits], [n_prompt])
+    checked = check_edits(edits, language_model, [n_prompt])
     found = []
     for start in range(0, rows, batch_rows):
         batch = tokens[start : start + batch_rows]

@@ -39,6 +39,8 @@ class SteeringVector:
     positions: Positions | None = None
     """Where it is added; see `positions`. When None: at every position, or, of several rows, row i at token i of the
     prompt."""
+    model: str = ""
+    """The name of the model whose activations it is of. Steering another with it is refused; "" is for any."""
 
     def __post_init__(self) -> None:
         """Makes a float32 NumPy array of the direction.
@@ -85,12 +87,13 @@ class SteeringVector:
         """The sum; added at the same place.
 
         Raises:
-            ValueError: if the two are not for the same site, layer and positions.
+            ValueError: if the two are not for the same model, site, layer and positions.
         """
-        here, there = ((of.layer, of.site, of.positions, of.direction.shape) for of in (self, other))
+        here, there = ((of.layer, of.site, of.positions, of.direction.shape, of.model) for of in (self, other))
         if here != there:
             raise ValueError(
-                f"Vectors at different places do not add: layer, site, positions and shape are {here} and {there}. "
+                "Vectors at different places do not add: layer, site, positions, shape and model are "
+                f"{here} and {there}. "
                 "Steer with both instead: steer(..., [one, other])."
             )
         return self._made(self.direction + other.direction, f"({self.source}) + ({other.source})")
@@ -170,7 +173,7 @@ class SteeringVector:
             path: the file; one that is there is replaced.
         """
         about = {"format": _FORMAT, "layer": self.layer, "site": self.site, "source": self.source}
-        about["positions"] = self.positions
+        about |= {"positions": self.positions, "model": self.model}
         tensors = {"direction": np.ascontiguousarray(self.direction)}
         data = safetensors.numpy.save(tensors, metadata={"steering_vector": json.dumps(about)})
         write_whole(path, data)
@@ -200,7 +203,8 @@ class SteeringVector:
                 positions = about.get("positions")
                 if isinstance(positions, list):
                     positions = tuple(int(at) for at in positions)
-                return cls(file.get_tensor("direction"), about["layer"], about["site"], about["source"], positions)
+                place = about["layer"], about["site"], about["source"], positions, about.get("model", "")
+                return cls(file.get_tensor("direction"), *place)
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise ValueError(
                 f"{path} is not a saved SteeringVector: {error}. Write one with SteeringVector.save."

@@ -150,6 +150,9 @@ def test_bad_input(language_model, sae):
         )  # fmt: skip
     with pytest.raises(ValueError, match="instead of coefficients"):
         steer(language_model, PROMPT, SteeringVector(ROWS[0], 1), coefficients=(1.0,), norms=(1.0,))
+    other = SteeringVector(ROWS[0], 1, source="a text", model="another model")
+    with pytest.raises(ValueError, match=r"from a text is of another model's activations, and this is two-layer model"):
+        steer(language_model, PROMPT, other, coefficients=(1.0,))
     with pytest.raises(ValueError, match="nothing to steer with"):
         steer(language_model, PROMPT, [], coefficients=(1.0,))
 

@@ -14,11 +14,17 @@ def vector(*shape, **place):
 @pytest.mark.parametrize("shape", [(5,), (2, 5)])
 def test_survives_the_disk(tmp_path, shape):
     positions = "generated" if len(shape) == 1 else (3, -1)
-    made = SteeringVector(RNG.normal(size=shape), None, "embed", "a “test”", positions)
+    made = SteeringVector(RNG.normal(size=shape), None, "embed", "a “test”", positions, "some model")
     made.save(tmp_path / "v.safetensors")
     loaded = SteeringVector.load(tmp_path / "v.safetensors")
     np.testing.assert_array_equal(loaded.direction, made.direction)
-    assert (loaded.layer, loaded.site, loaded.source, loaded.positions) == (None, "embed", "a “test”", positions)
+    assert (loaded.layer, loaded.site, loaded.source, loaded.positions) == (
+        None,
+        "embed",
+        "a “test”",
+        positions,
+        "some model",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["v.safetensors"]
 
 
