@@ -18,13 +18,8 @@ def test_survives_the_disk(tmp_path, shape):
     made.save(tmp_path / "v.safetensors")
     loaded = SteeringVector.load(tmp_path / "v.safetensors")
     np.testing.assert_array_equal(loaded.direction, made.direction)
-    assert (loaded.layer, loaded.site, loaded.source, loaded.positions) == (
-        None,
-        "embed",
-        "a “test”",
-        positions,
-        "some model",
-    )
+    place = (loaded.layer, loaded.site, loaded.source, loaded.positions, loaded.model)
+    assert place == (None, "embed", "a “test”", positions, "some model")
     assert [path.name for path in tmp_path.iterdir()] == ["v.safetensors"]
 
 
