@@ -34,7 +34,7 @@ class LatentRow:
     promoted: tuple[str, ...]
     """The tokens whose logits its direction raises most; empty unless it stands in the residual stream."""
     texts: tuple[str, ...]
-    """Where it is most active in a text, the peak's token in 【】."""
+    """Where it is most active in a text, the peak's token in «»."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _texts(
     said = []
     for row, start, stop, peak in top_windows(codes, count=n, before=8, after=3):
         shown = language_model.tokenizer.readable(tokens[row, start:stop].tolist())
-        shown[peak - start] = f"【{shown[peak - start]}】"
+        shown[peak - start] = f"«{shown[peak - start]}»"
         said.append("".join(shown))
     return tuple(said)
 

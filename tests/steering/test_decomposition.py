@@ -106,7 +106,7 @@ def test_the_table(language_model, sae):
     codes[:, 0] = 0
     row, at = np.unravel_index(codes.argmax(), codes.shape)
     readable = language_model.tokenizer.readable(tokens[row].tolist())
-    assert f"【{readable[at]}】" in first.texts[0]
+    assert f"«{readable[at]}»" in first.texts[0]
     logits = np.asarray(language_model.unembed(language_model.params, W_dec[[5]]))[0]
     among = np.unique(tokens)
     assert first.promoted[0] == language_model.tokenizer.readable([int(among[logits[among].argmax()])])[0]
