@@ -141,7 +141,9 @@ class GradientPass(running_pass.PassState):
         """Says, in the order of the pass, which sites of a layer scan will be tapped."""
         self._taps.setdefault((layer, name), [])
 
-    def visit_rows(self, value: Any, name: str, rows: Mapping[int, int], row: Any, buffer: Hashable) -> Any:
+    def visit_rows(
+        self, value: Any, name: str, rows: Mapping[int, int], row: Any, buffer: Hashable, *, is_whole: bool
+    ) -> Any:
         """Taps a site of a layer scan.
 
         Args:
@@ -150,6 +152,7 @@ class GradientPass(running_pass.PassState):
             rows: the rows of the layers that are tapped.
             row: the row of the layer that runs, traced; -1 if it is not tapped.
             buffer: what the gradients' buffer is to be called.
+            is_whole: whether every layer is tapped.
         """
         for layer, place in rows.items():
             self._taps.setdefault((layer, name), []).append((_avals(value, name, layer), buffer, place))
@@ -158,7 +161,10 @@ class GradientPass(running_pass.PassState):
             def write(gradient: Any, row: Any) -> None:
                 sow_value(gradient, tag=self.tag, name=buffer, mode="slot", index=row, slots=len(rows))
 
-            jax.lax.cond(row >= 0, write, lambda *_: None, gradient, row)
+            if is_whole:
+                write(gradient, row)
+            else:
+                jax.lax.cond(row >= 0, write, lambda *_: None, gradient, row)
 
         return tap(value, row, collect)
 

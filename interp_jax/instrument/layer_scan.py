@@ -508,7 +508,8 @@ class _Plan:
         for state, rows in self.taps.get(point, {}).items():
             layers = self.tapped_layers[point][state]
             row = _looked_up(rows, self.indices[point], index(), -1)
-            value = state.visit_rows(value, point.name, layers, row, (self.tag, point))
+            is_whole = len(rows) == len(self.indices[point])
+            value = state.visit_rows(value, point.name, layers, row, (self.tag, point), is_whole=is_whole)
         return value
 
     @staticmethod

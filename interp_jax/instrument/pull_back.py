@@ -118,7 +118,9 @@ class _VisitingPass(GradientPass):
     def expect(self, layer: int, name: str) -> None:
         """Nothing is handed out for a site that was not visited."""
 
-    def visit_rows(self, value: Any, name: str, rows: Mapping[int, int], row: Any, buffer: Hashable) -> Any:
+    def visit_rows(
+        self, value: Any, name: str, rows: Mapping[int, int], row: Any, buffer: Hashable, *, is_whole: bool
+    ) -> Any:
         """Taps a site of a layer scan; the arguments are those of `GradientPass.visit_rows`."""
         self._buffers[buffer] = {place: (layer, name) for layer, place in rows.items()}
         numbers = np.asarray(sorted(rows, key=rows.__getitem__), np.int32)
@@ -130,6 +132,8 @@ class _VisitingPass(GradientPass):
                     sow_value(kept, tag=self.tag, name=buffer, mode="slot", index=row, slots=len(rows))
                 return gradient if new is None else new
 
+            if is_whole:
+                return run(self.ask(), value, gradient, row)
             return jax.lax.cond(row >= 0, run, lambda *each: each[2], self.ask(), value, gradient, row)
 
         return tap(value, row, collect, keeps_value=True)
