@@ -23,6 +23,7 @@ import tyro
 from jaxtyping import Float, Int
 
 from interp_jax.activations.model_and_rows import model_and_rows
+from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.progress import advancing, note, working
 from interp_jax.report.steering_page import comparison, steering_page
@@ -30,7 +31,7 @@ from interp_jax.sae import Autoencoder, load_sae
 from interp_jax.steering.contrast import from_pair
 from interp_jax.steering.decomposition import decompose
 from interp_jax.steering.positions import Stretch
-from interp_jax.steering.prompts import begun, n_begin
+from interp_jax.steering.prompts import begin_id, begun
 from interp_jax.steering.reading_activations import activations_of
 from interp_jax.steering.reading_vector import read_vector
 from interp_jax.steering.steer import steer
@@ -112,10 +113,16 @@ def steer_once(
         raise ValueError("Give --positive and --negative, two texts, or --vector, a file that --save wrote.")
     judge = _judge(words, positive) if html is not None else None
     autoencoder = None if sae is None else load_sae(sae)
-    n_held_out = 16 * _CONTEXT if html is not None or sae is not None else 0
-    language_model, layer, _, held_out = model_and_rows(
-        model, layer, text, context=_CONTEXT - 1, n_tokens=0, n_held_out=n_held_out
-    )
+    rows = np.zeros((0, _CONTEXT), np.int32)
+    if html is not None or autoencoder is not None:
+        language_model, layer, _, held_out = model_and_rows(
+            model, layer, text, context=_CONTEXT - 1, n_tokens=0, n_held_out=16 * _CONTEXT
+        )
+        rows = _begun_rows(language_model, held_out)
+    else:  # no text is needed, and none need be there
+        with working(f"Loading {model}"):
+            language_model = load(model)
+        layer = language_model.layer_or_middle(layer)
     if vector is not None:
         made = SteeringVector.load(vector)
     else:
@@ -140,15 +147,13 @@ def steer_once(
         print(f"--- {name}\n{prompt}{one.text}")
     reading = None
     if autoencoder is not None:
-        begun_rows = _begun_rows(language_model, held_out)
-        reading = read_vector(decompose(made, autoencoder), language_model, sae=autoencoder, tokens=begun_rows)
+        reading = read_vector(decompose(made, autoencoder), language_model, sae=autoencoder, tokens=rows)
         print(f"--- what it is made of\n{reading}")
     if html is None:
         return
     assert judge is not None
     concept = Concept("steered", positive or "", negative or "", (prompt,), (), (), judge)
     method = Method("the vector", made, once, made.source)
-    rows = _begun_rows(language_model, held_out)
     result = _run(
         method, concept, language_model, None, rows, Strengths(coefficients, coefficients), n_seeds, key,
         max_new_tokens, temperature or 1.0,
@@ -264,11 +269,8 @@ def _run(
 
 def _begun_rows(language_model: LanguageModel, rows: Int[np.ndarray, "rows cut"]) -> Int[np.ndarray, "rows context"]:
     """Rows of text that begin as a text does, where the tokenizer knows how."""
-    if not n_begin(language_model):
-        return rows
-    tokenizer = language_model.tokenizer
-    first = tokenizer.end_of_text_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return np.concatenate([np.full((len(rows), 1), first, rows.dtype), rows], axis=1)
+    first = begin_id(language_model)
+    return rows if first is None else np.concatenate([np.full((len(rows), 1), first, rows.dtype), rows], axis=1)
 
 
 def _judge(words: str | None, positive: str | None) -> Vocabulary:

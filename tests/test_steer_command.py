@@ -127,7 +127,8 @@ def test_the_page_of_one_prompt(tmp_path, monkeypatch, sae_folder):
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr("interp_jax.activations.model_and_rows.load", lambda name: pytest.fail("it was loaded"))
+    for module in ("activations.model_and_rows", "steer_command"):
+        monkeypatch.setattr(f"interp_jax.{module}.load", lambda name: pytest.fail("it was loaded"))
     with pytest.raises(SystemExit):
         run(monkeypatch, *arguments)
     assert message in capsys.readouterr().err

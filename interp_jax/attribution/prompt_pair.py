@@ -119,8 +119,9 @@ def _aligned(language_model: LanguageModel, rows: list[list[int]], align: str | 
             "Word them alike, or give align=, a text of one token that is put before the shorter one."
         )
     filler = _one_token(language_model, align, "align")
+    assert filler is not None  # None comes of None alone
     start = 0 if language_model.tokenizer.bos_id is None else 1
-    return [[*row[:start], *[filler] * (max(lengths) - len(row)), *row[start:]] for row in rows]  # pyright: ignore
+    return [[*row[:start], *[filler] * (max(lengths) - len(row)), *row[start:]] for row in rows]
 
 
 def _one_token(language_model: LanguageModel, text: str | int | None, what: str) -> int | None:

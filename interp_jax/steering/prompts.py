@@ -12,13 +12,18 @@ from jaxtyping import Int
 
 from interp_jax.models.language_model import LanguageModel
 
-__all__ = ["begun", "n_begin", "padded_pair"]
+__all__ = ["begin_id", "begun", "n_begin", "padded_pair"]
+
+
+def begin_id(language_model: LanguageModel) -> int | None:
+    """The id that a text begins with, None where the tokenizer knows none."""
+    tokenizer = language_model.tokenizer
+    return tokenizer.end_of_text_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def n_begin(language_model: LanguageModel) -> int:
     """How many ids stand before a text's own: 1, or 0 where the tokenizer knows no such token."""
-    tokenizer = language_model.tokenizer
-    return int(tokenizer.bos_id is not None or tokenizer.end_of_text_id is not None)
+    return int(begin_id(language_model) is not None)
 
 
 def begun(language_model: LanguageModel, text: str | Sequence[int]) -> list[int]:
@@ -36,10 +41,8 @@ def begun(language_model: LanguageModel, text: str | Sequence[int]) -> list[int]
             raise ValueError("The prompt has no ids; give at least one.")
         return [int(id_) for id_ in text]
     ids = language_model.encode_prompt(text)
-    tokenizer = language_model.tokenizer
-    if tokenizer.bos_id is None and tokenizer.end_of_text_id is not None:
-        return [tokenizer.end_of_text_id, *ids]
-    return ids
+    first = begin_id(language_model)
+    return ids if language_model.tokenizer.bos_id is not None or first is None else [first, *ids]
 
 
 def padded_pair(

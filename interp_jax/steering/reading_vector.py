@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from interp_jax.activations.top_windows import top_windows
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.promoted_tokens import promoted_tokens
-from interp_jax.sae import Autoencoder
+from interp_jax.sae import Autoencoder, evaluate
 from interp_jax.steering.decomposition import Decomposition
 from interp_jax.steering.reading_activations import activations_of
 
@@ -141,14 +141,8 @@ def latent_densities(
         layer: the site's layer.
         site: the site's name.
     """
-    counts, n = np.zeros(sae.d_sae), 0
-    for start in range(0, len(tokens), _BATCH):
-        values = np.stack(
-            activations_of(language_model, tokens[start : start + _BATCH].tolist(), site=site, layer=layer)
-        )
-        counts += np.asarray(_counts(sae, jnp.asarray(values[:, 1:].reshape(-1, values.shape[-1]))))
-        n += values.shape[0] * (values.shape[1] - 1)
-    return counts / n
+    batches = (values[:, 1:].reshape(-1, values.shape[-1]) for values in _batches(language_model, tokens, site, layer))
+    return evaluate(sae, batches).density
 
 
 def _batches(
@@ -157,11 +151,6 @@ def _batches(
     for start in range(0, len(tokens), _BATCH):
         rows = tokens[start : start + _BATCH].tolist()
         yield np.stack(activations_of(language_model, rows, site=site, layer=layer))
-
-
-@jax.jit
-def _counts(sae: Autoencoder, values: Float[Array, "n width"]) -> Int[Array, "d_sae"]:
-    return (sae.encode(values) > 0).sum(axis=0)
 
 
 @jax.jit

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from interp_jax.instrument import Activation
-from interp_jax.models.continue_rows import checked_settings, continue_rows
+from interp_jax.models.continue_rows import checked_settings, continue_rows, row_keys
 from interp_jax.models.decoding import NonFiniteLogitsError, Place
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.steering.edits import Edit, apply_edits, check_edits, places_of
@@ -93,10 +93,10 @@ def steer(
     strengths = finite_coefficients(coefficients)
     rows = [ids] * len(strengths)
     # The same key in every row: see the module's docstring. It is the one that `generate` gives its first prompt.
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(0) if key is None else key, 0)] * len(strengths))
+    keys = None if key is None else jnp.stack([jax.random.fold_in(key, 0)] * len(strengths))
     texts = continuations(
         language_model, rows, keys, check_edits(edits, language_model, [len(ids)]), strengths,
-        max_new_tokens=max_new_tokens, temperature=temperature, is_keyed=key is not None,
+        max_new_tokens=max_new_tokens, temperature=temperature,
     )  # fmt: skip
     return [Continuation(float(c), text) for c, text in zip(strengths, texts, strict=True)]
 
@@ -127,19 +127,17 @@ def continuations(
     *,
     max_new_tokens: int,
     temperature: float,
-    is_keyed: bool = True,
 ) -> list[str]:
     """Rows continued, each with the edits at a strength of its own, in one compiled program.
 
     Args:
         language_model: the model.
         rows: the prompts as ids.
-        keys: a PRNG key a row.
+        keys: a PRNG key a row; None at temperature 0.
         edits: the edits, checked.
         strengths: one a row.
         max_new_tokens: how many tokens are generated at most.
         temperature: as for `steer`.
-        is_keyed: whether the keys are the user's.
 
     Returns:
         A text a row, without the stop token.
@@ -148,9 +146,8 @@ def continuations(
         ValueError: as for `steer`.
         FloatingPointError: the logits are not finite.
     """
-    settings = checked_settings(
-        temperature, None, None, keys if is_keyed else None, language_model.stop_tokens, language_model.vocab_size
-    )
+    settings = checked_settings(temperature, None, None, keys, language_model.stop_tokens, language_model.vocab_size)
+    keys = row_keys(None, len(rows)) if keys is None else keys
     sites, layers = places_of(edits)
     scaled = tuple(edit.scaled(jnp.asarray(strengths)) for edit in edits)
     try:

@@ -1,5 +1,6 @@
 """Rollouts, losses and frontiers against the same numbers worked out by hand."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,6 @@ import pytest
 from scipy import stats
 from two_layer_model import reference_logits
 
-import interp_jax as ij
 from interp_jax.steering import (
     Rollouts,
     SteeringVector,
@@ -82,14 +82,9 @@ def test_a_seed_has_the_same_luck_at_every_strength_and_in_every_batch(language_
     assert rollouts(4).texts == whole.texts
     assert rollouts(128, (1.0,)).texts[0] == whole.texts[1]
     assert len({text for of_prompt in whole.texts[0] for text in of_prompt}) == 6
-    plain = ij.generate(language_model, PROMPTS[0], max_new_tokens=5, temperature=1.0, key=jax.random.key(4)).texts()
-    assert isinstance(plain[0], str)
 
 
-@pytest.mark.caches
 def test_a_sweep_compiles_once(language_model):
-    import dataclasses
-
     traced = []
 
     def forward(params, tokens):
@@ -154,6 +149,7 @@ def test_a_frontier_by_hand():
 def test_intervals_are_scipy_s():
     rng = np.random.default_rng(0)
     successes, losses = rng.random((3, 40)) < 0.3, rng.normal(3, 1, (3, 30))
+    # The tolerance is that of two draws of the bootstrap.
     points = frontier("one", (0.0, 1.0, 2.0), successes, losses, n_resamples=9999)
     for point, hits, row in zip(points, successes, losses, strict=True):
         assert point.success == pytest.approx(hits.mean())
