@@ -79,7 +79,7 @@ def unheaded(value: Float[Array, "batch *rest"], tokens: Array, site: str) -> Fl
     """
     if value.shape[:2] != tokens.shape or value.ndim < 3:
         raise ValueError(
-            f"site {site!r} has shape {value.shape} for tokens of shape {tokens.shape}; a splice needs one vector a "
+            f"site {site!r} has shape {value.shape} for tokens of shape {tokens.shape}; what is wanted is one vector a "
             "position, [batch, seq, ...]. Choose a site such as resid_post or mlp_out."
         )
     return value.reshape(*value.shape[:2], -1)

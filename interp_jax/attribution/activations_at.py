@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from interp_jax.activations.splice import unheaded
 from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
 
@@ -99,12 +100,7 @@ def _values(
     forward: Callable[..., Array], site: str, layers: Any, params: Any, tokens: Array, places: Array
 ) -> Float[Array, "layers positions batch d"]:
     for layer, _, value in (running := iterate(forward, sites=site, layers=layers)(params, tokens)):
-        if value.shape[:2] != tokens.shape or value.ndim < 3:
-            raise ValueError(
-                f"site {site!r} has shape {value.shape} for tokens of shape {tokens.shape}: it has no vector a "
-                "position. Choose a site such as resid_post or mlp_out."
-            )
-        flat = value.reshape(*value.shape[:2], -1)
+        flat = unheaded(value, tokens, site)
         running.save(layer, jnp.take_along_axis(flat, places[:, :, None], axis=1).astype(jnp.float32))
         del value, flat
     return jnp.stack(list(running.saved.values())).swapaxes(1, 2)

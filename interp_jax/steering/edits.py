@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from interp_jax.activations.splice import unheaded
 from interp_jax.instrument import Activation, iterate
 from interp_jax.models.decoding import Place
 from interp_jax.models.language_model import LanguageModel
@@ -219,12 +220,7 @@ def apply_edits(edits: tuple[Edit, ...], activation: Activation, place: Place) -
     mine = [edit for edit in edits if (edit.layer, edit.site) == (activation.layer, activation.name)]
     if not mine:
         return None
-    if value.ndim < 3 or value.shape[:2] != place.position.shape:
-        raise ValueError(
-            f"{activation.name} of layer {activation.layer} has shape {value.shape}; steering needs one vector a "
-            "position, [batch, seq, ...]. Choose a site such as resid_post or mlp_out."
-        )
-    flat = value.reshape(*value.shape[:2], -1)
+    flat = unheaded(value, place.position, activation.name)
     for edit in mine:
         if edit.width != flat.shape[-1]:
             raise ValueError(

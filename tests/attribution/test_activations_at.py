@@ -39,7 +39,7 @@ def test_bad_input_is_told():
         ("Prompt 0 has 2 tokens, so it has no position 2", [[1, 2], [3, 4, 5]], {"positions": [0, 2]}),
         ("more than pad_to=1", [[1, 2]], {"pad_to": 1}),
         ("Prompts of 10 tokens; llama has 9", [[1] * 10], {}),
-        ("it has no vector a position", [[1, 2]], {"site": "attn_probs"}),
+        ("one vector a position", [[1, 2]], {"site": "attn_probs"}),
     ]:
         with pytest.raises(ValueError, match=message):
             activations_at(model, prompts, **options)
