@@ -15,9 +15,19 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["PeerProcess", "serve"]
+__all__ = ["PeerProcess", "peer_python", "serve"]
 
 _ANSWER = "answer "
+
+
+def peer_python(name: str, given: str | None = None) -> str:
+    """The interpreter of a peer's environment.
+
+    Args:
+        name: of the peer, for the environment that `make` makes of it.
+        given: the interpreter, where the peer is installed elsewhere: on a machine that comes with PyTorch, say.
+    """
+    return given or f".venv-{name}/bin/python"
 
 
 class PeerProcess:

@@ -88,6 +88,10 @@ def report(name: str, rows: Sequence[Row], **setting: Any) -> None:
         rows: the table.
         setting: what else is to be known: the machine, say.
     """
+    device = jax.devices()[0]
+    if device.platform != "cpu":  # in a file of its own, beside that of the CPU
+        name = f"{name}_{device.device_kind.lower().replace(' ', '_')}"
+        setting = {"device": device.device_kind, **setting}
     setting = {"jax": jax.__version__, **setting}
     print("; ".join(f"{key} {value}" for key, value in setting.items()))
     print(f"{'':<84} {'ours':>10} {'peer':>10} {'ratio':>8} {'at most':>8}")

@@ -1,7 +1,6 @@
 """SmolLM2 in `transformers` on PyTorch, in a process of its own. Logits go to a file, whose path is in the answer."""
 
 import importlib
-import os
 import pathlib
 import sys
 import tempfile
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peer_process import PeerProcess, serve
+from benchmarks.pytorch_device import exactly, peer_device, wait_for
 
 
 class Peer:
@@ -31,9 +31,13 @@ class Peer:
         """Logits of a pass over the tokens."""
         return np.load(self._process.ask("forward"), mmap_mode="r")
 
-    def decode(self, prompts: np.ndarray, n_tokens: int) -> np.ndarray:
-        """The likeliest continuations."""
-        return np.asarray(self._process.ask("decode", prompts.tolist(), n_tokens))
+    def decode(self, prompts: np.ndarray, n_tokens: int) -> None:
+        """Continues prompts by the likeliest tokens, to be timed."""
+        self._process.ask("decode", prompts.tolist(), n_tokens)
+
+    def continuations(self, prompts: np.ndarray, n_tokens: int) -> np.ndarray:
+        """The likeliest continuations, by products in full f32."""
+        return np.asarray(self._process.ask("decode exactly", prompts.tolist(), n_tokens))
 
     def run_forward(self) -> None:
         """The same as `forward`, to be timed: nothing is written."""
@@ -51,17 +55,18 @@ def _serve(folder: pathlib.Path) -> None:
     from interp_jax import installed_data
     from interp_jax.models.gguf_model import GgufCheckpoint
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    device = peer_device(torch)
     checkpoint = GgufCheckpoint(installed_data.find("smollm2"))
     fields = {key: value for key, value in checkpoint.fields.items() if key != "model_type" and value is not None}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
     state = {name: torch.tensor(checkpoint.tensor(name)) for name in checkpoint.names}
     model.load_state_dict(state, strict=False)
     model.tie_weights()
-    tokens = torch.tensor(np.load(folder / "tokens.npy"))
+    model.to(device)
+    tokens = torch.tensor(np.load(folder / "tokens.npy"), device=device)
 
     def decode(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
-        rows = torch.tensor(prompts)
+        rows = torch.tensor(prompts, device=device)
         found = model.generate(
             rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=n_tokens,
             min_new_tokens=n_tokens, pad_token_id=0,
@@ -69,13 +74,25 @@ def _serve(folder: pathlib.Path) -> None:
         return found[:, rows.shape[1] :].tolist()
 
     def forward() -> str:
-        np.save(folder / "logits.npy", model(tokens).logits.numpy())
+        with exactly(torch):
+            np.save(folder / "logits.npy", model(tokens).logits.cpu().numpy())
         return str(folder / "logits.npy")
 
     def time_forward() -> None:
         model(tokens)
+        wait_for(torch)
 
-    doing = {"decode": decode, "forward": forward, "time forward": time_forward, "threads": torch.get_num_threads}
+    def decode_exactly(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+        with exactly(torch):
+            return decode(prompts, n_tokens)
+
+    doing = {
+        "decode": decode,
+        "decode exactly": decode_exactly,
+        "forward": forward,
+        "time forward": time_forward,
+        "threads": torch.get_num_threads,
+    }
     with torch.no_grad():
         serve(doing)
 

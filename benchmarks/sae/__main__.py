@@ -13,7 +13,6 @@ has made them sparse, k codes a row. The peers' steps are dense, and take the sa
 import argparse
 import dataclasses
 import functools
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.instrument.rows import Row, report, seconds
-from benchmarks.peer_process import PeerProcess
+from benchmarks.peer_process import PeerProcess, peer_python
 from interp_jax.sae import TrainConfig
 from interp_jax.sae.step import initial_state, step
 from interp_jax.sae.superposition import random_directions, superposed
@@ -109,6 +108,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     kinds = [*AT_MOST, "ghost", "sweep"]
     parser.add_argument("--only", nargs="*", choices=kinds, default=kinds)
+    parser.add_argument("--peer-python", help="interpreter of the peers, where they share an environment")
     sizes = parser.parse_args()
     directions = random_directions(jax.random.key(0), 4 * sizes.d_in, sizes.d_in)
     batch = superposed(jax.random.key(1), directions, sizes.batch, sizes.k)
@@ -117,7 +117,7 @@ def main() -> None:
         path = pathlib.Path(folder) / "batch.npy"
         np.save(path, np.asarray(batch))
         peers = {
-            name: PeerProcess(f".venv-{name}/bin/python", f"benchmarks.sae.{name}_peer", str(path), str(os.cpu_count()))
+            name: PeerProcess(peer_python(name, sizes.peer_python), f"benchmarks.sae.{name}_peer", str(path))
             for name in ("saelens", "sparsify")
         }
         try:
@@ -131,7 +131,7 @@ def main() -> None:
         rows += ghost_rows(sizes, batch)
     if "sweep" in sizes.only:
         rows += sweep_rows(sizes, batch)
-    report("sae", rows, **{name: value for name, value in vars(sizes).items() if name != "only"})
+    report("sae", rows, **{name: value for name, value in vars(sizes).items() if name not in ("only", "peer_python")})
 
 
 def architecture_rows(

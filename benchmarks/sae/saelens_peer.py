@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peer_process import serve
+from benchmarks.pytorch_device import peer_device, wait_for
 
 
-def _trainer(architecture: str, batch: Any, d_sae: int, k: int) -> Callable[[], None]:
+def _trainer(architecture: str, batch: Any, d_sae: int, k: int, device: str) -> Callable[[], None]:
     lens: Any = importlib.import_module("sae_lens")
     trainer_module: Any = importlib.import_module("sae_lens.training.sae_trainer")
     config_module: Any = importlib.import_module("sae_lens.config")
@@ -29,9 +30,14 @@ def _trainer(architecture: str, batch: Any, d_sae: int, k: int) -> Callable[[], 
     }
     name, options = kinds[architecture]
     cls = getattr(lens, name)
-    sae = cls(getattr(lens, f"{name}Config")(d_in=d_in, d_sae=d_sae, device="cpu", **options))
+    sae = cls(getattr(lens, f"{name}Config")(d_in=d_in, d_sae=d_sae, device=device, **options))
     config = config_module.SAETrainerConfig(
-        total_training_samples=10_000 * rows, train_batch_size_samples=rows, lr=1e-3, lr_end=1e-4, adam_beta1=0.0
+        total_training_samples=10_000 * rows,
+        train_batch_size_samples=rows,
+        lr=1e-3,
+        lr_end=1e-4,
+        adam_beta1=0.0,
+        device=device,
     )
     trainer = trainer_module.SAETrainer(config, sae, iter(()))
 
@@ -45,16 +51,20 @@ def _trainer(architecture: str, batch: Any, d_sae: int, k: int) -> Callable[[], 
 def main() -> None:
     """Serves the steps of every kind: `prepare` makes one, `step` runs it."""
     torch: Any = importlib.import_module("torch")
-    torch.set_num_threads(int(sys.argv[2]))
-    batch = torch.tensor(np.load(pathlib.Path(sys.argv[1])))
+    device = peer_device(torch)
+    batch = torch.tensor(np.load(pathlib.Path(sys.argv[1])), device=device)
     steps: dict[str, Callable[[], None]] = {}
 
     def prepare(architecture: str, d_sae: int, k: int) -> str:
         steps.clear()  # one at a time in memory
-        steps[architecture] = _trainer(architecture, batch, d_sae, k)
+        steps[architecture] = _trainer(architecture, batch, d_sae, k, device)
         return architecture
 
-    serve({"prepare": prepare, "step": lambda architecture: steps[architecture]()})
+    def step(architecture: str) -> None:
+        steps[architecture]()
+        wait_for(torch)
+
+    serve({"prepare": prepare, "step": step})
 
 
 if __name__ == "__main__":

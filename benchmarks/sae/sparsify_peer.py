@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peer_process import serve
+from benchmarks.pytorch_device import peer_device, wait_for
 
 
 def main() -> None:
@@ -17,13 +18,13 @@ def main() -> None:
     torch: Any = importlib.import_module("torch")
     sparsify: Any = importlib.import_module("sparsify")
     config_module: Any = importlib.import_module("sparsify.config")
-    torch.set_num_threads(int(sys.argv[2]))
-    batch = torch.tensor(np.load(pathlib.Path(sys.argv[1])))
+    device = peer_device(torch)
+    batch = torch.tensor(np.load(pathlib.Path(sys.argv[1])), device=device)
     steps: dict[str, Callable[[], None]] = {}
 
     def prepare(architecture: str, d_sae: int, k: int) -> str:
         config = config_module.SparseCoderConfig(num_latents=d_sae, k=k)
-        coder = sparsify.SparseCoder(batch.shape[1], config, device="cpu", dtype=torch.float32)
+        coder = sparsify.SparseCoder(batch.shape[1], config, device=device, dtype=torch.float32)
         optimiser = torch.optim.Adam(coder.parameters(), lr=1e-3, betas=(0.0, 0.999))
 
         def run() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
             coder.remove_gradient_parallel_to_decoder_directions()
             optimiser.step()
             optimiser.zero_grad()
+            wait_for(torch)
 
         steps[architecture] = run
         return architecture

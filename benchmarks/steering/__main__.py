@@ -21,7 +21,7 @@ import safetensors.numpy
 
 import interp_jax as ij
 from benchmarks.instrument.rows import Row, report, seconds
-from benchmarks.peer_process import PeerProcess
+from benchmarks.peer_process import PeerProcess, peer_python
 from interp_jax import installed_data
 from interp_jax.models.gguf_model import GgufCheckpoint
 from interp_jax.models.language_model import LanguageModel
@@ -29,7 +29,6 @@ from interp_jax.models.transformer import Transformer, unrolled
 from interp_jax.steering import SteeringVector, roll_out, steer
 
 LAYER, NORM = 15, 60.0
-PEER_PYTHON = pathlib.Path(".venv-repeng/bin/python")
 
 
 def vector_of(model: LanguageModel) -> SteeringVector:
@@ -73,7 +72,7 @@ def sweep_rows(model: LanguageModel, rounds: int) -> Iterator[Row]:
     yield Row("sweep of 16 coefficients x 8 seeds x 40 tokens / as many plain tokens", "s", ours, other, 1.2)
 
 
-def peer_rows(model: LanguageModel, rounds: int, n_tokens: int) -> Iterator[Row]:
+def peer_rows(model: LanguageModel, rounds: int, n_tokens: int, python: str) -> Iterator[Row]:
     """Greedy continuations with a vector added at every position, ours beside repeng's; the tokens are compared."""
     vector, prompt = vector_of(model), list(range(100, 116))
     checkpoint = GgufCheckpoint(installed_data.find("smollm2"))
@@ -84,7 +83,7 @@ def peer_rows(model: LanguageModel, rounds: int, n_tokens: int) -> Iterator[Row]
         state = {name: np.ascontiguousarray(checkpoint.tensor(name)) for name in checkpoint.names}
         safetensors.numpy.save_file(state, folder / "model.safetensors")
         np.save(folder / "direction.npy", vector.direction)
-        peer = PeerProcess(PEER_PYTHON, "benchmarks.steering.repeng_peer", str(folder))
+        peer = PeerProcess(python, "benchmarks.steering.repeng_peer", str(folder))
         try:
             for batch in (1, 16):
 
@@ -109,6 +108,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     kinds = ["decode", "sweep", "peer"]
     parser.add_argument("--only", nargs="*", choices=kinds, default=kinds)
+    parser.add_argument("--peer-python", help="interpreter of the peer, where it shares an environment with ours")
     options = parser.parse_args()
     model = ij.load("smollm2")
     assert isinstance(model.params, Transformer)
@@ -120,7 +120,7 @@ def main() -> None:
     if "sweep" in options.only:
         rows += sweep_rows(model, max(1, options.rounds // 2))
     if "peer" in options.only:
-        rows += peer_rows(model, options.rounds, options.tokens)
+        rows += peer_rows(model, options.rounds, options.tokens, peer_python("repeng", options.peer_python))
     report("steering", rows, cores=os.cpu_count(), rounds=options.rounds)
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peer_process import serve
+from benchmarks.pytorch_device import peer_device
 
 
 def main(folder: pathlib.Path) -> None:
@@ -23,18 +23,19 @@ def main(folder: pathlib.Path) -> None:
     repeng: Any = importlib.import_module("repeng")
     load_file: Any = importlib.import_module("safetensors.torch").load_file
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    device = peer_device(torch)
     fields = json.loads((folder / "config.json").read_text())
     layer = fields.pop("layer")
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
     plain.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     plain.tie_weights()
+    plain.to(device)
     model = repeng.ControlModel(plain, [layer])
     vector = repeng.ControlVector("llama", {layer: np.load(folder / "direction.npy")})
 
     def decode(prompts: list[list[int]], n_tokens: int, coefficient: float) -> list[list[int]]:
         model.set_control(vector, coefficient)
-        rows = torch.tensor(prompts)
+        rows = torch.tensor(prompts, device=device)
         found = model.generate(
             rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=n_tokens,
             min_new_tokens=n_tokens, pad_token_id=0,
