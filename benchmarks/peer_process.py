@@ -10,6 +10,7 @@ answer, when it is done.
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -44,7 +45,7 @@ class PeerProcess:
         Raises:
             FileNotFoundError: if there is no such environment.
         """
-        if not pathlib.Path(python).exists():
+        if shutil.which(python) is None:
             raise FileNotFoundError(f"{python} is missing: `make` the benchmark's environment first.")
         command = [str(python), "-W", "ignore", "-m", module, *args]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
