@@ -2,9 +2,10 @@
 
     python -m benchmarks.sae [--d-in 576 --d-sae 9216 --batch 4096 --k 32 --rounds 5 --only relu topk]
 
-A step is whole: forward, backward, Adam, and the constraint on the dictionary. SAELens and sparsify run in processes
-and environments of their own (`make bench-sae` makes them), on the same batch, in turn with ours. The matmul peak is
-that of a 4096-cubed product in JAX, and a dense step counts as 10 * batch * d_in * d_sae operations.
+A step is whole: forward, backward, Adam, and the constraint on the dictionary. With `--steps` a time is that of so
+many, one after another, as in training; on a GPU a single one would be mostly waiting for it. SAELens and sparsify run
+in processes and environments of their own (`make bench-sae` makes them), on the same batch, in turn with ours. The
+matmul peak is that of a 4096-cubed product in JAX, and a dense step counts as 10 * batch * d_in * d_sae operations.
 
 The kinds with a penalty are timed twice: as a run starts, half of all codes active, and as it goes on once the penalty
 has made them sparse, k codes a row. The peers' steps are dense, and take the same time for both.
@@ -15,14 +16,15 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.instrument.rows import Row, report, seconds
+from benchmarks.instrument.rows import Row, report
+from benchmarks.instrument.rows import seconds as seconds_of
 from benchmarks.peer_process import PeerProcess, peer_python
 from interp_jax.sae import TrainConfig
 from interp_jax.sae.step import initial_state, step
@@ -34,6 +36,18 @@ SWEEP = 8
 NEVER = 2**29
 """Rows after which a latent is dead, where none shall be."""
 AT_MOST = {"relu": 1 / 2.2, "topk": 1 / 4, "gated": 1 / 3, "batch_topk": 1 / 2, "jumprelu": 1 / 2, "matryoshka": None}
+
+
+def seconds(
+    runs: list[Callable[[], Any]], sizes: argparse.Namespace, of_several: Sequence[Callable[[], Any]] = ()
+) -> list[float]:
+    """Median seconds of a step of each; those of the last argument do several at a call."""
+
+    def several(run: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: [run() for _ in range(sizes.steps)][-1]
+
+    every = [*map(several, runs), *of_several]
+    return [time / sizes.steps for time in seconds_of(every, sizes.rounds)]
 
 
 def stepper(
@@ -75,7 +89,7 @@ def sweep_rows(sizes: argparse.Namespace, batch: jax.Array) -> list[Row]:
     runs: list[Callable[[], Any]] = [lambda: [single() for _ in range(SWEEP)][-1]]
     ways: tuple[Any, ...] = ("map", "vmap")
     runs += [sweep_stepper(configs, batch, how) for how in ways]
-    alone, *together = seconds(runs, sizes.rounds)
+    alone, *together = seconds(runs, sizes)
     return [
         Row(
             f"a step of {SWEEP} relu runs, d_sae {sizes.d_sae // 4}, how={how} / {SWEEP} steps of one",
@@ -104,7 +118,7 @@ def sweep_stepper(configs: list[TrainConfig], batch: jax.Array, how: Any) -> Cal
 def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("d-in", 576), ("d-sae", 9216), ("batch", 4096), ("k", 32), ("rounds", 5)):
+    for name, default in (("d-in", 576), ("d-sae", 9216), ("batch", 4096), ("k", 32), ("rounds", 5), ("steps", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     kinds = [*AT_MOST, "ghost", "sweep"]
     parser.add_argument("--only", nargs="*", choices=kinds, default=kinds)
@@ -153,8 +167,9 @@ def architecture_rows(
             f"{architecture} step, as it starts": stepper(still, batch),
         }
     runs = [*steps.values(), lambda: product(square, square)]
-    runs += [functools.partial(peers[name].ask, "step", architecture) for name in names]
-    times = seconds(runs, sizes.rounds)
+    # A peer is asked once for all its steps.
+    peer_runs = [functools.partial(peers[name].ask, "step", architecture, sizes.steps) for name in names]
+    times = seconds(runs, sizes, peer_runs)
     ours, (matmul, *others) = times[: len(steps)], times[len(steps) :]
     rows = [
         Row(f"{what} / {'SAELens' if name == 'saelens' else name}", "s", time, other, goal)
@@ -172,7 +187,7 @@ def ghost_rows(sizes: argparse.Namespace, batch: jax.Array) -> list[Row]:
     make = functools.partial(TrainConfig, sizes.d_in, sizes.d_sae, "relu", dead_after=NEVER // 2)
     plain = stepper(make(dead_latents="none"), batch)
     ghosts = [stepper(make(dead_latents="ghost"), batch, share) for share in shares.values()]
-    without, *withs = seconds([plain, *ghosts], sizes.rounds)
+    without, *withs = seconds([plain, *ghosts], sizes)
     return [
         Row(
             f"relu step with ghost gradients, {share} dead / without",

@@ -60,8 +60,9 @@ def main() -> None:
         steps[architecture] = _trainer(architecture, batch, d_sae, k, device)
         return architecture
 
-    def step(architecture: str) -> None:
-        steps[architecture]()
+    def step(architecture: str, n: int) -> None:
+        for _ in range(n):
+            steps[architecture]()
         wait_for(torch)
 
     serve({"prepare": prepare, "step": step})

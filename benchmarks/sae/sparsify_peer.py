@@ -34,12 +34,16 @@ def main() -> None:
             coder.remove_gradient_parallel_to_decoder_directions()
             optimiser.step()
             optimiser.zero_grad()
-            wait_for(torch)
 
         steps[architecture] = run
         return architecture
 
-    serve({"prepare": prepare, "step": lambda architecture: steps[architecture]()})
+    def step(architecture: str, n: int) -> None:
+        for _ in range(n):
+            steps[architecture]()
+        wait_for(torch)
+
+    serve({"prepare": prepare, "step": step})
 
 
 if __name__ == "__main__":

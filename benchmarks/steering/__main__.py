@@ -17,13 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 import interp_jax as ij
 from benchmarks.instrument.rows import Row, report, seconds
 from benchmarks.peer_process import PeerProcess, peer_python
-from interp_jax import installed_data
-from interp_jax.models.gguf_model import GgufCheckpoint
+from benchmarks.smollm2_folder import write_smollm2
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.transformer import Transformer, unrolled
 from interp_jax.steering import SteeringVector, roll_out, steer
@@ -75,13 +73,10 @@ def sweep_rows(model: LanguageModel, rounds: int) -> Iterator[Row]:
 def peer_rows(model: LanguageModel, rounds: int, n_tokens: int, python: str) -> Iterator[Row]:
     """Greedy continuations with a vector added at every position, ours beside repeng's; the tokens are compared."""
     vector, prompt = vector_of(model), list(range(100, 116))
-    checkpoint = GgufCheckpoint(installed_data.find("smollm2"))
-    fields = {key: value for key, value in checkpoint.fields.items() if key != "model_type" and value is not None}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        (folder / "config.json").write_text(json.dumps(fields | {"layer": LAYER}))
-        state = {name: np.ascontiguousarray(checkpoint.tensor(name)) for name in checkpoint.names}
-        safetensors.numpy.save_file(state, folder / "model.safetensors")
+        write_smollm2(folder, model.tokenizer)
+        (folder / "layer.json").write_text(json.dumps(LAYER))
         np.save(folder / "direction.npy", vector.direction)
         peer = PeerProcess(python, "benchmarks.steering.repeng_peer", str(folder))
         try:

@@ -16,7 +16,7 @@ def main(folder: pathlib.Path) -> None:
     """Answers what is asked for.
 
     Args:
-        folder: holds `config.json`, `model.safetensors` and `direction.npy`.
+        folder: SmolLM2's, and `layer.json` and `direction.npy`.
     """
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
@@ -25,7 +25,7 @@ def main(folder: pathlib.Path) -> None:
 
     device = peer_device(torch)
     fields = json.loads((folder / "config.json").read_text())
-    layer = fields.pop("layer")
+    layer = json.loads((folder / "layer.json").read_text())
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
     plain.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     plain.tie_weights()
