@@ -492,7 +492,14 @@ class Transformer(nnx.Module):
         return logits, extended
 
     def _run(
-        self, tokens: Any, is_token: Any, positions: Any, cache: KeyValueCache | None, *, last_only: bool
+        self,
+        tokens: Any,
+        is_token: Any,
+        positions: Any,
+        cache: KeyValueCache | None,
+        *,
+        last_only: bool,
+        entry: tuple[Any, Any] | None = None,
     ) -> tuple[Array, KeyValueCache | None]:
         c, seq = self.config, tokens.shape[1]
         if seq > c.context:
@@ -520,7 +527,11 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.positions == "learned":
             x = x + self.W_pos[...].at[jnp.maximum(placed, 0)].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
-        x, kept = self._through_blocks(site(x, "embed", layer=None), shared, cache)
+        x, first = site(x, "embed", layer=None), None
+        if entry is not None:
+            stream, first = entry
+            x = jnp.where(first > 0, stream.astype(x.dtype), x)
+        x, kept = self._through_blocks(x, shared, cache, first)
         if last_only:
             x = x[:, -1:]
         x = site(self.final_norm(x), "final_norm", layer=None)
@@ -548,11 +559,19 @@ class Transformer(nnx.Module):
         frequencies, factor = c.rotary_frequencies(local=local), c.rotary_attention_factor(local=local)
         return _Reach(_Rotary.at(positions, frequencies, factor), sees)
 
-    def _through_blocks(self, x: Array, shared: _Surroundings, cache: KeyValueCache | None) -> tuple[Array, Any]:
-        """The stream after all layers; and with a cache all keys and values."""
+    def _through_blocks(
+        self, x: Array, shared: _Surroundings, cache: KeyValueCache | None, first: Any = None
+    ) -> tuple[Array, Any]:
+        """The stream after all layers, or all from the first on; and with a cache all keys and values."""
 
         def run(x: Array, block: Block, is_local: Any, number: Any, kept: Any) -> tuple[Array, Any]:
-            return block(x, shared, is_local, number, kept)
+            if first is None:
+                return block(x, shared, is_local, number, kept)
+
+            def in_block(x: Array) -> Array:
+                return block(x, shared, is_local, number, None)[0]
+
+            return jax.lax.cond(number >= first, in_block, lambda x: x, x), None
 
         static = () if self.is_stacked else (2, 3)
         layer = cast(Any, jax.checkpoint(run, static_argnums=static) if self.remat else run)
@@ -598,6 +617,29 @@ def _check_ids(tokens: Any, vocab_size: int) -> None:
 def apply(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab_size"]:
     """`model(tokens)` as a pure function of parameters and tokens, to give to `jax.jit`, `jax.grad` or `ij.iterate`."""
     return model(tokens)
+
+
+def apply_from(
+    model: Transformer,
+    tokens: Int[Array, "batch seq"],
+    stream: Float[Array, "batch seq d_model"],
+    layer: Int[Array, ""] | int,
+) -> Float[Array, "batch seq vocab_size"]:
+    """`apply`, but the stream enters one layer with a given value, and the layers below it are not run.
+
+    The layer is data: one compiled program serves them all. A running pass still sees the sites of every layer; what it
+    does at those that are not run has no effect, and what it saves there is zero.
+
+    Args:
+        model: The parameters.
+        tokens: Token ids.
+        stream: `resid_pre` of that layer. At layer 0 it is not looked at: what enters there is `embed`.
+        layer: From 0 to `n_layers - 1`.
+
+    Returns:
+        Logits, in the dtype of the computation.
+    """
+    return model._run(tokens, None, None, None, last_only=False, entry=(stream, layer))[0]
 
 
 def stacked(model: Transformer) -> Transformer:

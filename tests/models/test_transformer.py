@@ -262,6 +262,35 @@ def test_an_edit_acts_on_what_follows_and_on_nothing_before():
     assert not np.allclose(logits[0], clean[None, "logits"], atol=0.1)
 
 
+@pytest.mark.caches
+@pytest.mark.parametrize("layers", ["unrolled", "stacked"])
+def test_a_pass_that_enters_at_a_layer_is_the_rest_of_the_whole_pass(layers):
+    config = dataclasses.replace(LLAMA, n_layers=3, window=3, local_layers=(True, False, True))
+    model, tokens = getattr(transformer, layers)(random_model(config)), random_tokens(config)
+    streams = jnp.asarray(np.random.default_rng(1).normal(size=(3, *tokens.shape, config.d_model)), jnp.float32)
+    traces = []
+
+    @jax.jit
+    def entered(model, tokens, stream, layer):
+        traces.append(None)
+        return instrument.fetch(transformer.apply_from, ["resid_pre", "mlp_act"])(model, tokens, stream, layer)
+
+    @jax.jit
+    def injected(model, tokens, is_given):
+        given: Any = {(layer, "resid_pre"): (streams[layer], is_given[layer]) for layer in range(3)}
+        return instrument.inject(apply)(given, model, tokens)
+
+    for layer in range(3):
+        logits, found = entered(model, tokens, streams[layer], layer)
+        expected = injected(model, tokens, (jnp.arange(3) == layer) & (layer > 0))
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+        for number in range(3):
+            assert np.any(found[number, "mlp_act"]) == (number >= layer)  # zeros: it was not run
+        if layer:
+            np.testing.assert_array_equal(found[layer, "resid_pre"], streams[layer])
+    assert len(traces) == 1
+
+
 def test_sites_leave_no_trace_when_nothing_listens():
     model, tokens = random_model(LLAMA), random_tokens(LLAMA)
     assert "sow" not in str(jax.make_jaxpr(apply)(model, tokens))
