@@ -15,6 +15,10 @@ sweep over all nodes is a few batches with one node a row, and the joint patchin
 what was missed needs, runs in the very same program. That is compiled once for a model, a length and the families of
 nodes; tokens, answers, values and masks are its arguments.
 
+Below the lowest layer that a batch patches, its rows are the base run. On this project's `Transformer` a batch enters
+there, with the base run's `resid_pre`: over all layers that saves half of the blocks' work. The nodes or sets of a call
+are taken in the order of their layers for that. Any other model runs from its first layer.
+
 Memory. The rows of a batch are as many as fit `memory_budget`: the program is compiled, and what XLA says that it needs
 besides the model's parameters is held against the budget.
 """
@@ -31,7 +35,8 @@ from jaxtyping import Array, Bool, Float, Int
 from interp_jax.attribution.metric import Metric, check_varies, metric_of
 from interp_jax.attribution.nodes import Effects, Family, Node, Nodes, as_mask, axes_of, resolve
 from interp_jax.attribution.prompt_pair import PromptPair
-from interp_jax.instrument import fetch, iterate
+from interp_jax.instrument import iterate
+from interp_jax.models import transformer
 from interp_jax.models.language_model import LanguageModel
 
 __all__ = [
@@ -72,10 +77,16 @@ def site_values(forward: Forward, families: Sequence[Family], params: Any, token
     Returns:
         The logits, and for each family `[n_layers, batch, *shape]`.
     """
-    sites = {family.site for family in families}
-    layers = {layer for family in families for layer in family.layers}
-    logits, found = fetch(forward, sites, layers)(params, tokens)
-    return logits, tuple(_stacked([found[layer, family.site] for layer in family.layers]) for family in families)
+    wanted = {(layer, family.site) for family in families for layer in family.layers}
+    start = iterate(forward, sites={name for _, name in wanted}, layers={layer for layer, _ in wanted})
+    for layer, name, value in (running := start(params, tokens)):
+        if (layer, name) in wanted:
+            running.save((layer, name), value)
+        del value
+    found = running.saved
+    return running.retval, tuple(
+        _stacked([found[layer, family.site] for layer in family.layers]) for family in families
+    )
 
 
 def _stacked(values: Sequence[Any]) -> Any:
@@ -127,16 +138,22 @@ def _patched(
     tokens: Int[Array, "seq"],
     sources: tuple[Any, ...],
     masks: tuple[Any, ...],
+    streams: Float[Array, "n_layers seq d_model"] | None,
+    first: Int[Array, ""],
 ) -> Float[Array, "rows"]:
-    """The metric of one row for each mask, patched where it is true."""
+    """The metric of one row for each mask, patched where it is true; `streams` enter at layer `first`, if there are."""
     rows = masks[0].shape[0]
     patch = patch_families(families, masks, sources)
+    entering, given = forward, (params, jnp.broadcast_to(tokens, (rows, len(tokens))))
+    if streams is not None:
+        stream = jnp.broadcast_to(streams[first], (rows, *streams.shape[1:]))
+        entering, given = transformer.apply_from, (*given, stream, first)
     start = iterate(
-        forward,
+        entering,
         sites={family.site for family in families},
         layers={layer for family in families for layer in family.layers},
     )
-    for layer, name, value in (running := start(params, jnp.broadcast_to(tokens, (rows, len(tokens))))):
+    for layer, name, value in (running := start(*given)):
         if (new := patch(layer, name, value)) is not None:
             running.modified_value = new
         del value
@@ -206,14 +223,19 @@ class Patching:
         self.metric = metric_of(metric, pair)
         self.memory_budget = memory_budget
         tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-        values, of_sites = _measure(language_model.forward, self.families, language_model.params, tokens, self.metric)
+        # By the function itself: what wraps it may compute anything.
+        can_enter = language_model.forward is transformer.apply
+        entries = resolve(language_model, Nodes("resid_pre"), pair.seq) if can_enter else ()
+        self._read = (*self.families, *entries)
+        values, found = _measure(language_model.forward, self._read, language_model.params, tokens, self.metric)
         check_varies(*values)
         self.clean, self.corrupted = map(float, values)
-        is_noising = direction == "noising"
-        self.base = self.clean if is_noising else self.corrupted
-        self._tokens = tokens[0 if is_noising else 1]
+        self.base, row, other = (self.clean, 0, 1) if direction == "noising" else (self.corrupted, 1, 0)
+        self._tokens = tokens[row]
+        of_sites, streams = found[: len(self.families)], found[len(self.families) :]
+        self._streams = streams[0][:, row] if streams else None
         if ablation == "corrupted":
-            self._sources = [tuple(value[:, 1 if is_noising else 0] for value in of_sites)]
+            self._sources = [tuple(value[:, other] for value in of_sites)]
         elif ablation == "zero":
             self._sources = [tuple(jnp.zeros_like(value[:, 0]) for value in of_sites)]
         else:
@@ -229,8 +251,8 @@ class Patching:
         model = self.language_model
         for row in rows:
             given = jnp.asarray(np.stack([row, row]), jnp.int32)  # the shape that is compiled already
-            values = _measure(model.forward, self.families, model.params, given, self.metric)[1]
-            yield tuple(value[:, 0] for value in values)
+            values = _measure(model.forward, self._read, model.params, given, self.metric)[1]
+            yield tuple(value[:, 0] for value in values[: len(self.families)])
 
     @property
     def n_nodes(self) -> int:
@@ -249,7 +271,9 @@ class Patching:
         Returns:
             metric(patched) - metric(base).
         """
-        return self._effects(len(sets), lambda begin, end: sets[begin:end], advance)
+        last = self.language_model.n_layers - 1
+        lowest = [self._layers[each].min(initial=last) for each in sets]
+        return self._effects(np.asarray(lowest, np.int32), lambda chosen: sets[chosen], advance)
 
     def of_nodes(
         self, numbers: Int[np.ndarray, "n"] | Sequence[int], advance: Callable[[int], Any] | None = None
@@ -265,33 +289,44 @@ class Patching:
         """
         places = np.asarray(numbers)
 
-        def sets(begin: int, end: int) -> np.ndarray:
-            mask = np.zeros((end - begin, self.n_nodes), bool)
-            mask[np.arange(end - begin), places[begin:end]] = True
+        def sets(chosen: np.ndarray) -> np.ndarray:
+            mask = np.zeros((len(chosen), self.n_nodes), bool)
+            mask[np.arange(len(chosen)), places[chosen]] = True
             return mask
 
-        return self._effects(len(places), sets, advance)
+        return self._effects(self._layers[places], sets, advance)
 
-    def _effects(self, n_sets: int, sets: Callable[[int, int], np.ndarray], advance: Any) -> np.ndarray:
-        rows = self.rows
-        found = np.zeros(n_sets, np.float32)
-        for begin in range(0, n_sets, rows):
-            end = min(begin + rows, n_sets)
-            masks = sets(begin, end)
-            masks = np.concatenate([masks, np.zeros((rows - len(masks), self.n_nodes), bool)])
-            each = [np.asarray(self._run(masks, sources)) for sources in self._sources]
-            found[begin:end] = np.mean(each, axis=0)[: end - begin] - self.base
+    @functools.cached_property
+    def _layers(self) -> Int[np.ndarray, "n_nodes"]:
+        """The layer of each node; 0 for sites outside the layers, of which `embed` stands before them."""
+        each = [
+            np.repeat([layer or 0 for layer in one.layers], one.n_nodes // len(one.layers)) for one in self.families
+        ]
+        return np.concatenate(each).astype(np.int32)
+
+    def _effects(
+        self, lowest: Int[np.ndarray, "n_sets"], sets: Callable[[np.ndarray], np.ndarray], advance: Any
+    ) -> np.ndarray:
+        """The effects of sets, given each one's lowest layer and a function from their numbers to their masks."""
+        rows, order = self.rows, np.argsort(lowest, kind="stable")
+        found = np.zeros(len(lowest), np.float32)
+        for begin in range(0, len(lowest), rows):
+            chosen = order[begin : begin + rows]
+            masks = np.concatenate([sets(chosen), np.zeros((rows - len(chosen), self.n_nodes), bool)])
+            each = [np.asarray(self._run(masks, sources, int(lowest[chosen[0]]))) for sources in self._sources]
+            found[chosen] = np.mean(each, axis=0)[: len(chosen)] - self.base
             if advance is not None:
-                advance(end - begin)
+                advance(len(chosen))
         return found
 
-    def _run(self, masks: np.ndarray, sources: tuple[Any, ...]) -> Float[Array, "rows"]:
-        return _patched(*self._arguments(masks, sources))
+    def _run(self, masks: np.ndarray, sources: tuple[Any, ...], first: int) -> Float[Array, "rows"]:
+        return _patched(*self._arguments(masks, sources, first))
 
-    def _arguments(self, masks: np.ndarray, sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _arguments(self, masks: np.ndarray, sources: tuple[Any, ...], first: int) -> tuple[Any, ...]:
         model = self.language_model
         shaped = by_family(self.families, masks)
-        return (model.forward, self.families, model.params, self.metric, self._tokens, sources, shaped)
+        given = (model.params, self.metric, self._tokens, sources, shaped, self._streams, np.int32(first))
+        return (model.forward, self.families, *given)
 
     @functools.cached_property
     def rows(self) -> int:
@@ -300,9 +335,9 @@ class Patching:
 
     def _needed(self, rows: int) -> int:
         masks = np.zeros((rows, self.n_nodes), bool)
-        arguments = self._arguments(masks, self._sources[0])
+        arguments = self._arguments(masks, self._sources[0], 0)
         found: Any = _patched.lower(*arguments).compile().memory_analysis()
-        given = sum(array.nbytes for array in (masks, *jax.tree.leaves(self._sources)))
+        given = sum(array.nbytes for array in (masks, *jax.tree.leaves((self._sources, self._streams))))
         return int(found.temp_size_in_bytes + found.output_size_in_bytes + given)
 
     def as_effects(self, flat: Float[np.ndarray, "n_nodes"]) -> Effects:

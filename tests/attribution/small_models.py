@@ -32,9 +32,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def small_model(family: str = "llama", *, layers: str = "unrolled", seed: int = 0) -> LanguageModel:
+def small_model(family: str = "llama", *, layers: str = "unrolled", seed: int = 0, n_layers: int = 2) -> LanguageModel:
     """A random model of a family. Its tokenizer is that of the tiny model, whose ids it has no room for."""
     config = CONFIGS[family]
+    local = None if config.local_layers is None else tuple(number % 2 == 0 for number in range(n_layers))
+    config = dataclasses.replace(config, n_layers=n_layers, local_layers=local)
     shapes = jax.eval_shape(lambda: Transformer(config, jax.random.key(0), layers="unrolled"))
     rng = np.random.default_rng(seed)
     draws = [rng.normal(float(leaf.ndim == 1), 0.4, leaf.shape) for leaf in jax.tree.leaves(shapes)]

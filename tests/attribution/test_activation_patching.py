@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hand_models import LAYERS, SEQ, counting, linear_by_hand, linear_model, pair_of
+from hand_transformer import run_by_hand
+from small_models import foreign, small_model, small_tokens
 
 import interp_jax as ij
 from interp_jax.attribution.activation_patching import Patching, activation_patching, joint_patching
 from interp_jax.attribution.metric import KL, LogitDifference, Loss
-from interp_jax.attribution.nodes import Node, Nodes
+from interp_jax.attribution.nodes import Node, Nodes, as_mask
+from interp_jax.models import transformer
 
 pytestmark = pytest.mark.caches  # many compiled passes
 
@@ -144,6 +147,107 @@ def test_compiled_once_a_shape():
     patching = Patching(model, pair_of(CLEAN, CORRUPTED, 2, 4), NODES)
     patching.of_sets(np.ones((3, patching.n_nodes), bool))
     assert len(traces) == before
+
+
+EVERYWHERE = [
+    Nodes("mlp_act", by="unit"), Nodes("resid_post"), Nodes("embed"), Nodes("q", layers=(1, 2)), Nodes("k", by="head"),
+    Nodes("v", layers=(2, 0)), Nodes("attn_heads", layers=2), Nodes("resid_pre"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("family", "layers", "direction"),
+    [
+        ("neox", "stacked", "denoising"),
+        ("gemma", "stacked", "noising"),
+        pytest.param("llama", "stacked", "noising", marks=pytest.mark.slow),
+        pytest.param("gpt2", "unrolled", "noising", marks=pytest.mark.slow),
+        pytest.param("gemma", "unrolled", "denoising", marks=pytest.mark.slow),
+    ],
+)
+def test_a_batch_that_enters_at_its_lowest_layer_gives_what_the_whole_pass_gives(family, layers, direction):
+    """Also one node at a time and in sets, against a pass written by hand."""
+    model = small_model(family, layers=layers, n_layers=3)
+    pair = pair_of(*np.asarray(small_tokens()), 3, 11)
+    patching, whole = (Patching(each, pair, EVERYWHERE, direction=direction) for each in (model, foreign(model)))
+    assert patching._streams is not None
+    assert whole._streams is None
+    rng = np.random.default_rng(0)
+    order = rng.permutation(patching.n_nodes)
+    effects = np.zeros(patching.n_nodes, np.float32)
+    effects[order] = patching.of_nodes(order)
+    of_whole = whole.of_nodes(range(whole.n_nodes))
+    rounding = 1e-5 * abs(of_whole).max()
+    np.testing.assert_allclose(effects, of_whole, atol=rounding)
+
+    base, other = (pair.clean, pair.corrupted) if direction == "noising" else (pair.corrupted, pair.clean)
+    _, values = run_by_hand(model, other)
+    named = patching.as_effects(effects)
+
+    def by_hand(numbers):
+        masks = as_mask(model, [named.node(int(number)) for number in numbers], pair.seq)
+        replaced = [(layer, name, mask, values[layer, name]) for (layer, name), mask in masks.items()]
+        logits = run_by_hand(model, base, replaced)[0][-1]
+        return logits[3] - logits[11]
+
+    some = rng.choice(patching.n_nodes, 40, replace=False)
+    expected = np.array([by_hand([number]) for number in some]) - by_hand([])
+    np.testing.assert_allclose(effects[some], expected, atol=rounding)
+
+    last = patching.n_nodes - np.arange(7)  # resid_pre of the last layer
+    numbers = [[], last[2:5], rng.choice(patching.n_nodes, 5), rng.choice(patching.n_nodes, 60)]
+    sets = np.zeros((4, patching.n_nodes), bool)
+    for row, each in zip(sets, numbers, strict=True):
+        row[np.asarray(each, int)] = True
+    expected = np.array([by_hand(np.flatnonzero(row)) for row in sets]) - by_hand([])
+    np.testing.assert_allclose(patching.of_sets(sets), expected, atol=rounding)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_one_program_enters_at_every_layer(monkeypatch):
+    """And what is below is not looked at: the base run's streams are spoilt there."""
+    traces = []
+
+    def counted(*given):
+        traces.append(None)
+        return enter(*given)
+
+    enter = transformer.apply_from
+    monkeypatch.setattr(transformer, "apply_from", counted)
+    model, (clean, corrupted) = small_model(layers="stacked", n_layers=3), np.asarray(small_tokens(seq=5))
+    patching = Patching(model, pair_of(clean, corrupted, 3, 11), Nodes("mlp_out"))
+    expected = patching.of_nodes(range(15))
+    before = len(traces)
+    assert 1 <= before <= 2
+    streams = patching._streams
+    for layer in range(3):
+        patching._streams = jnp.where((jnp.arange(3) == layer)[:, None, None], streams, jnp.nan)
+        places = layer * 5 + np.arange(5)
+        np.testing.assert_allclose(patching.of_nodes(places), expected[places], atol=1e-5)
+    sets = [
+        [Node(1, "mlp_out", position=2), Node(2, "mlp_out")],
+        [Node(0, "mlp_out")],
+        [Node(2, "mlp_out", position=4)],
+    ]
+    backward = joint_patching(model, pair_of(corrupted, clean, 4, 7), sets, direction="denoising")
+    whole = joint_patching(foreign(model), pair_of(corrupted, clean, 4, 7), sets, direction="denoising")
+    np.testing.assert_allclose(backward, whole, atol=1e-5)
+    patching = Patching(model, pair_of(corrupted, clean, 5, 2), Nodes("mlp_out"), ablation="zero")
+    patching.of_nodes(range(15))
+    assert len(traces) == before
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_other_prompts_values_are_put_into_a_batch_that_enters_above():
+    model, tokens = small_model("neox", layers="stacked", n_layers=3), np.asarray(small_tokens(batch=5))
+    pair, nodes = pair_of(tokens[0], tokens[1], 3, 11), [Nodes("attn_out", layers=(2, 1)), Nodes("resid_pre", layers=1)]
+    for ablation in ("mean", "resample"):
+        found, whole = (
+            activation_patching(each, pair, nodes, ablation=ablation, prompts=tokens[2:])
+            for each in (model, foreign(model))
+        )
+        np.testing.assert_allclose(found.flat, whole.flat, atol=1e-5)
 
 
 def test_the_budget_sets_the_rows_and_too_small_a_one_is_refused():
