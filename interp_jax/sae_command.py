@@ -445,7 +445,8 @@ def _batches(
     mesh: Mesh | None,
 ) -> PrefetchedSteps[np.ndarray]:
     """Batches by step, read ahead of their turn; of each the rows that this process is to give."""
-    batches = store.shuffled(options.batch_size, seed=options.seed, among=among)
+    on_device = mesh is None and store.fits_on_device()
+    batches = store.shuffled(options.batch_size, seed=options.seed, among=among, on_device=on_device)
     own = slice(None) if mesh is None or jax.process_count() == 1 else own_rows(mesh, options.batch_size)
     depth = 2 * options.steps_per_dispatch
     return stack.enter_context(PrefetchedSteps(lambda step: batches(step)[own], depth))

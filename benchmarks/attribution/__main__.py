@@ -22,6 +22,8 @@ from benchmarks.instrument.rows import Row, memory_analysis, report, seconds
 from interp_jax.attribution import LogitDifference, Nodes, Patching, PromptPair, atp, atp_star
 from interp_jax.attribution.atp import _atp
 from interp_jax.attribution.atp_star import _ADDED, _atp_star
+from interp_jax.attribution.measured_pass import measured_pass
+from interp_jax.attribution.metric import metric_of
 from interp_jax.attribution.nodes import every_stream_site, resolve
 from interp_jax.models.language_model import LanguageModel
 
@@ -70,11 +72,11 @@ def pass_rows(model: LanguageModel, pair: PromptPair, rounds: int) -> Iterator[R
     families = resolve(model, everything, SEQ)
     dropped = resolve(model, [Nodes(site, by=()) for site in _ADDED], SEQ)
     both = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    metric = jax.tree.map(jnp.asarray, LogitDifference(ANSWER, WRONG))
+    run = measured_pass(model, families, metric_of(None, pair))
     program: Any = _atp
-    once = program.lower(model.forward, families, model.params, metric, both).compile()
+    once = program.lower(run.forward, families, run.params, run.metric, both).compile()
     program = _atp_star
-    dropping = program.lower(model.forward, families, (), dropped, model.params, metric, both).compile()
+    dropping = program.lower(run.forward, families, (), dropped, run.params, run.metric, both).compile()
     of_dropping, of_once = (float(memory_analysis(each).temp_size_in_bytes) for each in (dropping, once))
     yield Row("memory of GradDrop / of AtP, one backward pass", "B", of_dropping, of_once, 1.1)
 

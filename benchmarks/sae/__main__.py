@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,6 +139,7 @@ def main() -> None:
             for architecture in sizes.only:
                 if architecture in AT_MOST:
                     rows += architecture_rows(architecture, sizes, batch, peers)
+                    print(f"{architecture}: done", file=sys.stderr, flush=True)
         finally:
             for peer in peers.values():
                 peer.close()

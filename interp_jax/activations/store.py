@@ -32,13 +32,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from interp_jax.activations.shard import Filling, PendingShard, Shard, ShardArrays, norms_of, start_writing
 from interp_jax.activations.storage import Storage
+from interp_jax.progress import working
 
 __all__ = ["SHARD_BYTES", "ActivationStore", "Statistics"]
 
@@ -340,8 +343,13 @@ class ActivationStore:
         return Statistics(self.n_rows, mean, square_sum / (self.n_rows * self.d_in))
 
     def shuffled(
-        self, batch_size: int, *, seed: int = 0, among: Int[np.ndarray, "n"] | None = None
-    ) -> Callable[[int], Float[np.ndarray, "batch d_in"]]:
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        among: Int[np.ndarray, "n"] | None = None,
+        on_device: bool = False,
+    ) -> Callable[[int], Any]:
         """A function from a step to its batch, for `train`: every row once an epoch, in an order of its own for each.
 
         Rows at an epoch's end that fill no batch are left out in that epoch.
@@ -350,6 +358,12 @@ class ActivationStore:
             batch_size: rows a batch.
             seed: seed of the order.
             among: the numbers of the rows to take, each once; all when None.
+            on_device: whether all rows are read once, here, into the memory of JAX's default device, and batches are
+                taken there. They are the same batches. For an accelerator, whose steps are shorter than a disk is
+                fast; the store must fit into the host's memory, and into the device's.
+
+        Returns:
+            From a step to `[batch, d_in]`: an array of NumPy's, or on the device one of JAX's.
 
         Raises:
             ValueError: if there are fewer rows than a batch, or a number occurs twice.
@@ -372,38 +386,75 @@ class ActivationStore:
             ends = np.cumsum(counts[chunks])
             return chunks, np.append(ends[held - 1 : -1 : held], ends[-1])
 
-        mixed: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-        """The rows of the chunks that are held together, and their order: of this batch, and of the one before."""
-        one_at_a_time = threading.Lock()
+        @functools.lru_cache(maxsize=2)
+        def mixed(epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+            """The chunks that are held together, and the order of the rows in them."""
+            chunks = order(epoch)[0][number * held : (number + 1) * held]
+            which = np.arange(int(sizes[chunks].sum()))
+            if kept is not None:
+                which = which[np.concatenate([kept[starts[c] : starts[c] + sizes[c]] for c in chunks])]
+            return chunks, np.random.default_rng((seed, epoch, number + 1)).permutation(which)
 
-        def hold(epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-            if (epoch, number) not in mixed:
-                # Memory is used again: new pages would cost as much time as reading does.
-                room = mixed.pop(next(iter(mixed)))[0] if len(mixed) == 2 else None
-                if room is None:
-                    room = np.empty((min(held, len(counts)) * int(sizes.max()), self.d_in), self._numpy_dtype)
-                chunks = order(epoch)[0][number * held : (number + 1) * held]
-                n_rows = self._read_chunks(chunks, starts, sizes, room)
-                which = np.arange(n_rows)
-                if kept is not None:
-                    which = which[np.concatenate([kept[starts[c] : starts[c] + sizes[c]] for c in chunks])]
-                mixed[epoch, number] = room, np.random.default_rng((seed, epoch, number + 1)).permutation(which)
-            return mixed[epoch, number]
-
-        def batch(step: int) -> Float[np.ndarray, "batch d_in"]:
+        def parts(step: int) -> Iterator[tuple[int, int, slice]]:
+            """What a batch is made of: the epoch, the number of chunks that are held together, and of their rows."""
             epoch, number = divmod(step, per_epoch)
             start, stop = number * batch_size, (number + 1) * batch_size
-            parts = []
+            ends = order(epoch)[1]
+            first, last = (int(np.searchsorted(ends, row, "right")) for row in (start, stop - 1))
+            for one in range(first, last + 1):
+                before = int(ends[one - 1]) if one else 0
+                yield epoch, one, slice(max(start - before, 0), stop - before)
+
+        one_at_a_time = threading.Lock()
+        if on_device:
+            rows = self._all_on_device(starts, sizes)
+
+            def gathered(step: int) -> Float[Array, "batch d_in"]:
+                places = []
+                with one_at_a_time:
+                    for epoch, number, some in parts(step):
+                        chunks, which = mixed(epoch, number)
+                        lying = np.concatenate([int(starts[c]) + np.arange(int(sizes[c])) for c in chunks])
+                        places.append(lying[which[some]])
+                return _rows_at(rows, jnp.asarray(np.concatenate(places), jnp.int32))
+
+            return gathered
+
+        held_rows: dict[tuple[int, int], np.ndarray] = {}
+        """Of the chunks that are held together: those of this batch, and of the one before."""
+
+        def hold(epoch: int, number: int) -> np.ndarray:
+            if (epoch, number) not in held_rows:
+                # Memory is used again: new pages would cost as much time as reading does.
+                room = held_rows.pop(next(iter(held_rows))) if len(held_rows) == 2 else None
+                if room is None:
+                    room = np.empty((min(held, len(counts)) * int(sizes.max()), self.d_in), self._numpy_dtype)
+                self._read_chunks(mixed(epoch, number)[0], starts, sizes, room)
+                held_rows[epoch, number] = room
+            return held_rows[epoch, number]
+
+        def batch(step: int) -> Float[np.ndarray, "batch d_in"]:
             with one_at_a_time:
-                ends = order(epoch)[1]
-                first, last = (int(np.searchsorted(ends, row, "right")) for row in (start, stop - 1))
-                for one in range(first, last + 1):
-                    before = int(ends[one - 1]) if one else 0
-                    rows, which = hold(epoch, one)
-                    parts.append(np.take(rows, which[max(start - before, 0) : stop - before], axis=0))
-            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+                taken = [
+                    np.take(hold(epoch, number), mixed(epoch, number)[1][some], axis=0)
+                    for epoch, number, some in parts(step)
+                ]
+            return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
         return batch
+
+    def fits_on_device(self) -> bool:
+        """Whether an accelerator is JAX's default device, with room for all rows in a quarter of its memory."""
+        device = jax.local_devices()[0]
+        room = (device.memory_stats() or {}).get("bytes_limit", 0)
+        return device.platform != "cpu" and self.n_rows * self._row_bytes <= room / 4
+
+    def _all_on_device(self, starts: Int[np.ndarray, "chunks"], sizes: Int[np.ndarray, "chunks"]) -> Array:
+        """All rows, as they lie, `[rows, d_in]`."""
+        rows = np.empty((self.n_rows, self.d_in), self._numpy_dtype)
+        with working(f"Reading {self.n_rows:,} activations, {rows.nbytes / 1e9:.1f} GB"):
+            self._read_chunks(np.arange(len(starts)), starts, sizes, rows)
+            return jax.block_until_ready(jnp.asarray(rows))
 
     def _chunks(self) -> tuple[Int[np.ndarray, "chunks"], Int[np.ndarray, "chunks"]]:
         """Where each chunk starts among all rows as they lie, and its rows."""
@@ -503,6 +554,11 @@ class ActivationStore:
                 return shards[:number]
         self._finished[part] = bool(manifest["finished"])
         return shards
+
+
+@jax.jit
+def _rows_at(rows: Float[Array, "rows d_in"], places: Int[Array, "n"]) -> Float[Array, "n d_in"]:
+    return rows[places]
 
 
 def _part_folder(part: int) -> str:

@@ -10,6 +10,7 @@ import textwrap
 import uuid
 
 import ml_dtypes
+import jax
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -122,6 +123,17 @@ def test_shuffled_gives_each_row_once_an_epoch_and_the_same_for_the_same_step(tm
     for step in (per_epoch + 2, 0, per_epoch - 1):
         np.testing.assert_array_equal(again(step), batch(step))
     assert (store.shuffled(size, seed=4, among=among)(0) != batch(0)).any()
+
+
+@pytest.mark.parametrize("among", [None, np.arange(0, 70, 3)])
+def test_batches_taken_on_the_device_are_those_read_from_the_disk(tmp_path, small_chunks, among):
+    store = opened(tmp_path)
+    store.extend(batches(), shard_rows=20)
+    read, taken = (store.shuffled(5, seed=3, among=among, on_device=on_device) for on_device in (False, True))
+    for step in (0, 1, 2, 40, 3):
+        assert isinstance(taken(step), jax.Array)
+        np.testing.assert_array_equal(taken(step), read(step))
+    assert not store.fits_on_device()  # tests run on a CPU, whose memory is the host's
 
 
 def test_a_batch_seldom_holds_two_tokens_of_one_prompt(tmp_path, monkeypatch):
