@@ -9,8 +9,8 @@ import sys
 import textwrap
 import uuid
 
-import ml_dtypes
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
