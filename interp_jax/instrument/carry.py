@@ -80,6 +80,8 @@ class Slot:
     avals: tuple[_Aval, ...]
     pred_shape: tuple[int, ...]
     """The shape of the sow's predicate; () too where it has none."""
+    scans: int | None = None
+    """How many layer scans stand around the equation, for what is handed out by them alone."""
 
     @property
     def is_state(self) -> bool:
@@ -92,6 +94,10 @@ class Slot:
     def stacked(self, *sizes: int) -> "Slot":
         avals = tuple(_Aval((*sizes, *aval.shape), aval.dtype, aval.varying) for aval in self.avals)
         return dataclasses.replace(self, avals=avals)
+
+    def outside_scan(self, length: int) -> "Slot":
+        scans = None if self.scans is None else self.scans - 1
+        return dataclasses.replace(self if self.is_state else self.stacked(length), scans=scans)
 
     def zeros(self) -> list[jax.Array]:
         return [aval.zeros() for aval in self.avals]
@@ -123,7 +129,7 @@ def _contents(jaxpr: Any) -> _Contents:
                 params = eqn.params
                 avals = tuple(_Aval.of(var.aval) for var in eqn.outvars)
                 pred_shape = eqn.invars[0].aval.shape if params["has_pred"] else ()
-                slot = Slot(params["mode"], params["tree"], avals, pred_shape)
+                slot = Slot(params["mode"], params["tree"], avals, pred_shape, params["scans"])
                 sown[params["tag"], params["path"]] = slot if params["slots"] is None else slot.stacked(params["slots"])
             elif eqn.primitive is edit_p:
                 is_edited = True
@@ -170,11 +176,13 @@ def sown_in_equation(primitive: Any, params: dict[str, Any]) -> dict[Key, Slot]:
         return found
     if primitive is jex_primitives.scan_p:
         length = params["length"]
-        return {key: slot if slot.is_state else slot.stacked(length) for key, slot in found.items()}
+        return {key: slot.outside_scan(length) for key, slot in found.items()}
     if primitive.name == "shard_map":
         sizes = [params["mesh"].shape[axis] for axis in manual_axes(params)]
         return {
-            key: Slot(slot.mode, slot.tree, tuple(_Aval((*sizes, *aval.shape), aval.dtype) for aval in slot.avals), ())
+            key: dataclasses.replace(
+                slot, avals=tuple(_Aval((*sizes, *aval.shape), aval.dtype) for aval in slot.avals), pred_shape=()
+            )
             for key, slot in found.items()
         }
     return found
@@ -198,19 +206,21 @@ class Purpose:
     """What a harvest does with a sow that it meets."""
 
     listener: Listener | None
-    """Which sows it is for; None for all of the public modes and `save`."""
+    """Which sows it is for; None for all of these `modes`."""
     reaps: bool
     """Whether it keeps them. If not, it only plants, and what it does not plant goes on to the harvests around."""
     outer: tuple[Listener, ...] = ()
     """Who listens around it."""
     notes_writes: bool = False
     """Whether it keeps, beside each value, a boolean that says whether the value was sown at all."""
+    modes: tuple[str, ...] = (*MODES, "save")
+    """Which modes it is for, where it has no listener."""
 
     def handles(self, key: Key, mode: str) -> bool:
         tag, path = key
         if self.listener is not None:
             return self.listener.wants(tag, path[-1])
-        return mode not in ("slot", "stack")
+        return mode in self.modes
 
     def drops(self, key: Key, mode: str) -> bool:
         """Whether a sow that it does not keep ends here."""
@@ -272,7 +282,8 @@ class Level:
         leaves = list(operands[controls(params) :])
         pred = operands[0] if params["has_pred"] else None
         if self.purpose.handles(key, mode):
-            slot = Slot(mode, params["tree"], tuple(_Aval.of(jax.typeof(leaf)) for leaf in leaves), _shape(pred))
+            avals = tuple(_Aval.of(jax.typeof(leaf)) for leaf in leaves)
+            slot = Slot(mode, params["tree"], avals, _shape(pred), params["scans"])
             self.meet(key, slot)
             if key in self.planted:
                 planted = self.planted[key]
@@ -340,10 +351,10 @@ class Level:
             found.update({_note_key(key): _note(slot) for key, slot in found.items() if _is_noted(slot)})
         return found
 
-    def values(self) -> dict[Path, Any]:
-        """What was reaped, by path, as it was sown."""
+    def values(self) -> dict[Key, Any]:
+        """What was reaped, as it was sown."""
         return {
-            key[1]: jax.tree.unflatten(slot.tree, map(_as_array, leaves)) for key, (slot, leaves) in self.reaped.items()
+            key: jax.tree.unflatten(slot.tree, map(_as_array, leaves)) for key, (slot, leaves) in self.reaped.items()
         }
 
     def sow_again(self) -> None:
@@ -353,9 +364,8 @@ class Level:
                 continue
             written = self.reaped.get(_note_key(key))
             pred = [] if written is None else written[1]
-            sow_p.bind(
-                *pred, *leaves, tag=key[0], path=key[1], mode=slot.mode, tree=slot.tree, has_pred=bool(pred), slots=None
-            )
+            params = {"tag": key[0], "path": key[1], "mode": slot.mode, "tree": slot.tree, "has_pred": bool(pred)}
+            sow_p.bind(*pred, *leaves, **params, slots=None, scans=None)
 
 
 def _fitting(value: Any, slot: Slot, path: Path) -> list[Any]:

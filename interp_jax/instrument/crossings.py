@@ -105,6 +105,13 @@ def _scan(crossing: Crossing, params: Params, args: list[Any], state: Values, pl
             f"Cannot use strict mode for {name!r} inside `scan`. Sow it with mode='append' to stack the iterations, or "
             "mode='clobber' to keep the last"
         )
+    for (_, path), slot in crossing.slots.items():
+        if slot.scans is not None and slot.scans < 0:
+            raise ReapError(
+                f"{in_words(path)} stands in a layer_scan and in a scan besides, around the layer_scan or in its body, "
+                "and what is asked of it cannot leave both: write one of the two as a Python loop, or put the pass "
+                "(ij.gradients, say) inside the other scan"
+            )
     n_consts, n_carry = _scan_parts(params)
     consts, init, xs = args[:n_consts], list(args[n_consts : n_consts + n_carry]), list(args[n_consts + n_carry :])
     is_sliced = [slot.mode == "append" for slot in crossing.planted.values()]

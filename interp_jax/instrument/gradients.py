@@ -20,6 +20,7 @@ What bites:
 * The zero is a scalar, and `shard_map` takes planted values by their leading axis: a site in one is an error.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from interp_jax.instrument import harvest, running_pass
 from interp_jax.instrument.fetch import SiteValues
 from interp_jax.instrument.sow import sow_value
 
-__all__ = ["GradientPass", "gradients"]
+__all__ = ["GradientPass", "Place", "gradients"]
 
 _Key = tuple[int | None, str]
 
@@ -119,15 +120,32 @@ def _zero() -> Any:
     return sow_value(jnp.zeros(()), tag=_ZERO, name=_ZERO, mode="clobber", scope=())
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A site in layer scans; what the buffer of its gradients is called."""
+
+    tag: object
+    """One object for all of a scan, another for another."""
+    name: str
+    scans: int
+    """How many layer scans stand around it."""
+
+    def __str__(self) -> str:
+        return f"site {self.name!r}"
+
+
 class GradientPass(running_pass.PassState):
     """A pass in which no loop listens, but taps."""
 
     def __init__(self, sites: frozenset[str] | None, layers: frozenset[int | None] | None):
         super().__init__(sites, layers)
         self._taps: dict[_Key, list[tuple[Any, Hashable, int | None]]] = {}
+        """For each site, what was tapped: its type, the name that the gradient is sown under, the row there."""
 
     def visit(self, value: Any, name: str, layer: int | None) -> Any:
         """Taps a site."""
+        if self.scans:  # it will stand in a layer scan, in the branch of this very layer
+            return self.visit_rows(value, {layer: 0}, _first(), Place(object(), name, 0), is_whole=True)
         key = (layer, name)
         avals = _avals(value, name, layer)
         self._taps.setdefault(key, []).append((avals, key, None))
@@ -135,31 +153,30 @@ class GradientPass(running_pass.PassState):
         def collect(value: None, gradient: Any, row: Any) -> None:
             sow_value(gradient, tag=self.tag, name=key, mode="save")
 
-        return tap(value, jnp.zeros((), jnp.int32), collect)
+        return tap(value, _first(), collect)
 
     def expect(self, layer: int, name: str) -> None:
         """Says, in the order of the pass, which sites of a layer scan will be tapped."""
         self._taps.setdefault((layer, name), [])
 
-    def visit_rows(
-        self, value: Any, name: str, rows: Mapping[int, int], row: Any, buffer: Hashable, *, is_whole: bool
-    ) -> Any:
+    def visit_rows(self, value: Any, rows: Mapping[int | None, int], row: Any, place: Place, *, is_whole: bool) -> Any:
         """Taps a site of a layer scan.
 
         Args:
             value: the site's value.
-            name: the site's name.
             rows: the rows of the layers that are tapped.
             row: the row of the layer that runs, traced; -1 if it is not tapped.
-            buffer: what the gradients' buffer is to be called.
-            is_whole: whether every layer is tapped.
+            place: where the site stands.
+            is_whole: whether every layer that comes here is tapped.
         """
-        for layer, place in rows.items():
-            self._taps.setdefault((layer, name), []).append((_avals(value, name, layer), buffer, place))
+        place = dataclasses.replace(place, scans=place.scans + self.scans)
+        for layer, number in rows.items():
+            key = (layer, place.name)
+            self._taps.setdefault(key, []).append((_avals(value, place.name, layer), place, number))
 
         def collect(value: None, gradient: Any, row: Any) -> None:
             def write(gradient: Any, row: Any) -> None:
-                sow_value(gradient, tag=self.tag, name=buffer, mode="slot", index=row, slots=len(rows))
+                put(gradient, self.tag, place, row, len(rows))
 
             if is_whole:
                 write(gradient, row)
@@ -184,6 +201,15 @@ class GradientPass(running_pass.PassState):
             (_, buffer, row), *_ = live
             found[key] = reaped[buffer] if row is None else _row(reaped[buffer], row)
         return found
+
+
+def _first() -> Any:
+    return jnp.zeros((), jnp.int32)
+
+
+def put(value: Any, tag: object, place: Place, row: Any, rows: int) -> None:
+    """Sows what belongs to a row of a place's buffer."""
+    sow_value(value, tag=tag, name=place, mode="slot", index=row, slots=rows, scans=place.scans)
 
 
 def _row(buffer: Any, row: int) -> Any:

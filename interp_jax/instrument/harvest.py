@@ -80,9 +80,17 @@ class Harvester(jax.core.Trace):
 
     def take(self) -> dict[Hashable, Any]:
         """What was reaped, by name. It is let go: JAX's caches may keep a trace, and must not keep values."""
+        return {path[-1]: value for (_, path), value in self.take_keyed().items()}
+
+    def take_keyed(self) -> dict[carry.Key, Any]:
+        """The same by tag and path, where values of several tags are reaped."""
         level, self.level = self.level, None
         assert level is not None
-        return {path[-1]: value for path, value in level.values().items()}
+        return level.values()
+
+    def keeps(self, key: carry.Key, mode: str) -> bool:
+        """Whether a value that is sown here stays here."""
+        return self.level is not None and self.level.purpose.reaps and self.level.purpose.handles(key, mode)
 
     def stage_value(self, val: Any) -> Any:
         return self.parent.stage_value(val)
@@ -280,6 +288,13 @@ def reaping(tag: Hashable) -> Iterator[Harvester]:
 
 
 @contextlib.contextmanager
+def reaping_saves() -> Iterator[Harvester]:
+    """`reaping` of what is sown in mode `save`, under whatever tag: of all that running passes carry out."""
+    with _harvesting(carry.Level(carry.Purpose(None, reaps=True, modes=("save",)))) as harvester:
+        yield harvester
+
+
+@contextlib.contextmanager
 def _harvesting(level: carry.Level) -> Iterator[Harvester]:
     harvester = Harvester(trace_context.current_trace(), level)
     try:
@@ -302,7 +317,7 @@ def _harvest(f: Callable[..., Any], listener: Listener, reaps: bool) -> Callable
                 f"{', '.join(map(carry.in_words, unknown))} was to be planted, but is not sown under the tag "
                 f"{listener.tag!r}; what is sown there: {known}"
             )
-        return out, _by_scope(level.values())
+        return out, _by_scope({path: value for (_, path), value in level.values().items()})
 
     return harvested
 

@@ -15,7 +15,12 @@ Compiled, it stays one scan, and the model's body is traced twice whatever the n
    share a branch. A site that the loop leaves alone costs nothing.
 
 What is saved by some layers goes into one buffer for each site and shape, with a row for each of them, which the scan
-carries and the branch writes in place; what all layers save alike is stacked.
+carries and the branch writes in place; what all layers save alike is stacked. Where the site stands in a function
+inside the body (under jit, in a scan) the value leaves that function first, as all that is saved does, and goes there
+then.
+
+A loop's body may save for a pass around its own, or place sites that a pass around it sees: whatever is saved while it
+runs, for whichever pass, is part of what the loop does at that site, and is handed out where the scan stands.
 
 What bites:
 
@@ -42,7 +47,7 @@ import numpy as np
 from jax.extend.core import primitives as jex_primitives
 
 from interp_jax.instrument import harvest, running_pass, trace_context
-from interp_jax.instrument.gradients import GradientPass
+from interp_jax.instrument.gradients import GradientPass, Place
 from interp_jax.instrument.rehearsal import Body, Fragment, Occurrence, Point, Rehearsal, Save, rehearse
 from interp_jax.instrument.running_pass import PassState, SiteError
 from interp_jax.instrument.sow import sow_value
@@ -407,8 +412,8 @@ def _leaves_from_here(rehearsal: Rehearsal) -> bool:
     while isinstance(trace, harvest.Harvester):
         tops.append(trace)
         trace = trace.parent
-    states = [rehearsal.fragments[one.point][one.index].saves[place].state for one, place in rehearsal.saves]
-    return not states or any(state.top is top for state in states for top in tops)
+    keys = [rehearsal.fragments[one.point][one.index].saves[place].key for one, place in rehearsal.saves]
+    return not keys or any(top.keeps(key, "save") for key in keys for top in tops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,6 +424,9 @@ class _Buffer:
     place: int
     tree: Any
     avals: tuple[tuple[Any, Any], ...]
+
+    def __str__(self) -> str:
+        return f"site {self.point.name!r}"
 
 
 class _Plan:
@@ -433,17 +441,22 @@ class _Plan:
         offset: int,
     ):
         self.tag = object()
+        self.inner_tag = object()
+        """Under it, what is saved in a function inside a body leaves that function."""
+        self.depths: dict[Point, int] = {}
+        """How many layer scans stand around each point."""
         self.indices: dict[Point, list[int]] = {}
         for number in part:
             for occurrence in program.occurrences(offset + number, (number,)):
                 self.indices.setdefault(occurrence.point, []).append(occurrence.index)
+                self.depths[occurrence.point] = len(occurrence.path)
         self.fragments: dict[Point, dict[int, Fragment]] = {}
         for point, indices in self.indices.items():
             there = rehearsal.fragments.get(point, {})
             self.fragments[point] = {index: there[index] for index in indices if index in there}
         self.taps: dict[Point, dict[GradientPass, dict[int, int]]] = {}
         """For each pass, the row of each index that is tapped."""
-        self.tapped_layers: dict[Point, dict[GradientPass, dict[int, int]]] = {}
+        self.tapped_layers: dict[Point, dict[GradientPass, dict[int | None, int]]] = {}
         for occurrence, state in taps:
             if occurrence.path[0] in part:
                 rows = self.taps.setdefault(occurrence.point, {}).setdefault(state, {})
@@ -509,7 +522,8 @@ class _Plan:
             layers = self.tapped_layers[point][state]
             row = _looked_up(rows, self.indices[point], index(), -1)
             is_whole = len(rows) == len(self.indices[point])
-            value = state.visit_rows(value, point.name, layers, row, (self.tag, point), is_whole=is_whole)
+            place = Place(self.tag, point.name, self.depths[point])
+            value = state.visit_rows(value, layers, row, place, is_whole=is_whole)
         return value
 
     @staticmethod
@@ -522,17 +536,32 @@ class _Plan:
         modified, saved = fragment.run(needed)
         for place, (save, leaves) in enumerate(zip(fragment.saves, saved, strict=True)):
             arrays = [jnp.asarray(leaf, aval.dtype) for leaf, aval in zip(leaves, save.avals, strict=True)]
-            buffer = self.buffer(point, place, save)
-            mode: dict[str, Any] = (
-                {"mode": "stack"}
-                if rows is None
-                else {"mode": "slot", "index": rows[buffer], "slots": len(self.rows[buffer])}
-            )
-            sow_value(jax.tree.unflatten(save.tree, arrays), tag=self.tag, name=buffer, **mode)
+            buffer, value = self.buffer(point, place, save), jax.tree.unflatten(save.tree, arrays)
+            if point.is_nested:
+                sow_value(value, tag=self.inner_tag, name=buffer, mode="save", scope=())
+            else:
+                self._keep(buffer, value, None if rows is None else rows[buffer])
         if modified is None:
             return None
         avals = jax.tree.leaves(point.avals)
         return [jnp.asarray(leaf, aval.dtype) for leaf, aval in zip(modified, avals, strict=True)]
+
+    def _keep(self, buffer: _Buffer, value: Any, row: Any) -> None:
+        """Puts a saved value into a row of its buffer, or on a stack of all iterations' values."""
+        mode: dict[str, Any] = (
+            {"mode": "stack"} if row is None else {"mode": "slot", "index": row, "slots": len(self.rows[buffer])}
+        )
+        sow_value(value, tag=self.tag, name=buffer, scope=(), scans=self.depths[buffer.point], **mode)
+
+    def keep_inner(self, values: dict[Any, Any], index: Any) -> None:
+        """Keeps what was saved in the functions inside a body."""
+        for buffer, value in values.items():
+            if self.is_uniform(buffer.point):
+                self._keep(buffer, value, None)
+            else:
+                row = _looked_up(self.rows[buffer], self.indices[buffer.point], index, -1)
+                keep = functools.partial(self._keep, buffer)
+                jax.lax.cond(row >= 0, keep, lambda value, row: None, value, row)
 
     def _switch(
         self,
@@ -548,7 +577,7 @@ class _Plan:
             for one, fragment in fragments.items()
         }
         modifies = any(fragment.modified is not None for _, fragment in classes.values())
-        buffers = [buffer for buffer in self.rows if buffer.point is point]
+        buffers = [] if point.is_nested else [buffer for buffer in self.rows if buffer.point is point]
 
         def branch(fragment: Fragment | None) -> Callable[..., Any]:
             def run(rows: Sequence[Any], leaves: Sequence[Any], operands: Sequence[Any]) -> Any:
@@ -586,14 +615,16 @@ class _Plan:
         for save, buffer, index in self.saves:
             if buffer not in rows_of:
                 rows_of[buffer] = self._unstacked(collected[buffer], buffer)
-            save.state.save(save.name, rows_of[buffer][self.rows[buffer][index]])
+            tag, (*scope, name) = save.key
+            sow_value(rows_of[buffer][self.rows[buffer][index]], tag=tag, name=name, scope=tuple(scope))
 
     def _unstacked(self, stacked: Any, buffer: _Buffer) -> list[Any]:
         count = len(self.rows[buffer])
+        axes = self.depths[buffer.point] if self.is_uniform(buffer.point) else 1
         leaves = [
             # The iterations of nested scans are axes of their own.
-            [part.reshape(shape) for part in jax.lax.split(leaf.reshape(count, *shape), [1] * count)]
-            for leaf, (shape, _) in zip(jax.tree.leaves(stacked), buffer.avals, strict=True)
+            [part[0] for part in jax.lax.split(leaf.reshape(count, *leaf.shape[axes:]), [1] * count)]
+            for leaf in jax.tree.leaves(stacked)
         ]
         return [jax.tree.unflatten(buffer.tree, [rows[row] for rows in leaves]) for row in range(count)]
 
@@ -675,8 +706,12 @@ def _assemble(call: _Call, assembly: _Assembly, carry: Any, x: Any) -> tuple[Any
     """Runs a body as the compiled scan will; functions inside it get the iteration's index where they ask for it."""
 
     def run(carry: Any, x: Any) -> tuple[Any, Any]:
-        assembly.top = trace_context.current_trace()
-        return _in(call, assembly)(carry, x)
+        with harvest.reaping(assembly.plan.inner_tag) as reaper:
+            assembly.top = trace_context.current_trace()
+            outs = _in(call, assembly)(carry, x)
+            inner = reaper.take()
+        assembly.plan.keep_inner(inner, assembly.index)
+        return outs
 
     if not assembly.plan.asks_for_index(assembly.program):
         return run(carry, x)

@@ -19,16 +19,16 @@ In a layer scan the function is traced once for all layers, with a traced layer.
 `gradients`; besides, `visit` may not close over arrays that are traced: give them by `given`.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from interp_jax.instrument import harvest, running_pass
 from interp_jax.instrument.fetch import SiteValues
-from interp_jax.instrument.gradients import GradientPass, tap, tapped_vjp
+from interp_jax.instrument.gradients import GradientPass, Place, put, tap, tapped_vjp
 from interp_jax.instrument.sow import sow_value
 
 __all__ = ["Visit", "pull_back"]
@@ -95,7 +95,7 @@ class _VisitingPass(GradientPass):
         self.given: Any = None
         """The types of what is given."""
         self._visit = visit
-        self._buffers: dict[Hashable, dict[int, tuple[int, str]]] = {}
+        self._buffers: dict[Hashable, dict[int, tuple[int | None, str]]] = {}
         """For each buffer of a layer scan, which site each row is of."""
 
     def ask(self) -> Any:
@@ -106,6 +106,9 @@ class _VisitingPass(GradientPass):
     def visit(self, value: Any, name: str, layer: int | None) -> Any:
         """Taps a site."""
         self.seen[layer, name] = None
+        row = jnp.zeros((), jnp.int32)
+        if self.scans:  # it will stand in a layer scan, in the branch of this very layer
+            return self.visit_rows(value, {layer: 0}, row, Place(object(), name, 0), is_whole=True)
 
         def collect(value: Any, gradient: Any, row: Any) -> Any:
             kept, new = self._visit(self.ask(), layer, name, value, gradient)
@@ -113,23 +116,23 @@ class _VisitingPass(GradientPass):
                 sow_value(kept, tag=self.tag, name=(layer, name), mode="save")
             return new
 
-        return tap(value, jnp.zeros((), jnp.int32), collect, keeps_value=True)
+        return tap(value, row, collect, keeps_value=True)
 
     def expect(self, layer: int, name: str) -> None:
         """Nothing is handed out for a site that was not visited."""
 
-    def visit_rows(
-        self, value: Any, name: str, rows: Mapping[int, int], row: Any, buffer: Hashable, *, is_whole: bool
-    ) -> Any:
+    def visit_rows(self, value: Any, rows: Mapping[int | None, int], row: Any, place: Place, *, is_whole: bool) -> Any:
         """Taps a site of a layer scan; the arguments are those of `GradientPass.visit_rows`."""
-        self._buffers[buffer] = {place: (layer, name) for layer, place in rows.items()}
-        numbers = np.asarray(sorted(rows, key=rows.__getitem__), np.int32)
+        place = dataclasses.replace(place, scans=place.scans + self.scans)
+        self._buffers[place] = {number: (layer, place.name) for layer, number in rows.items()}
+        layers = sorted(rows, key=rows.__getitem__)
+        layer_of = (lambda row: layers[0]) if len(layers) == 1 else (lambda row: jnp.asarray(layers, jnp.int32)[row])
 
         def collect(value: Any, gradient: Any, row: Any) -> Any:
             def run(given: Any, value: Any, gradient: Any, row: Any) -> Any:
-                kept, new = self._visit(given, jnp.asarray(numbers)[row], name, value, gradient)
+                kept, new = self._visit(given, layer_of(row), place.name, value, gradient)
                 if kept is not None:
-                    sow_value(kept, tag=self.tag, name=buffer, mode="slot", index=row, slots=len(rows))
+                    put(kept, self.tag, place, row, len(rows))
                 return gradient if new is None else new
 
             if is_whole:
@@ -143,8 +146,8 @@ class _VisitingPass(GradientPass):
         found = SiteValues()
         for name, value in reaped.items():
             if name in self._buffers:
-                for place, key in self._buffers[name].items():
-                    found[key] = jax.tree.map(lambda leaf, place=place: leaf[place], value)
+                for row, key in self._buffers[name].items():
+                    found[key] = jax.tree.map(lambda leaf, row=row: leaf[row], value)
             else:
                 found[name] = value  # pyright: ignore[reportArgumentType]
         return found

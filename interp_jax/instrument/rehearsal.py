@@ -26,7 +26,7 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.interpreters import mlir
 
-from interp_jax.instrument import harvest, running_pass
+from interp_jax.instrument import carry, harvest, running_pass
 from interp_jax.instrument.sow import SowEffect
 
 __all__ = ["Body", "Fragment", "Occurrence", "Point", "Rehearsal", "Save", "rehearse"]
@@ -89,10 +89,10 @@ class Occurrence:
 
 @dataclasses.dataclass(frozen=True)
 class Save:
-    """One value that the loop saves at a site."""
+    """One value that the loop saves at a site, for its own pass or for one around it."""
 
-    state: running_pass.PassState
-    name: Hashable
+    key: carry.Key
+    """The pass's tag, and what the value is called there."""
     tree: Any
     avals: tuple[jax.ShapeDtypeStruct, ...]
 
@@ -185,20 +185,20 @@ def rehearse(wanted: Sequence[tuple[Occurrence, running_pass.PassState]]) -> Reh
         new: list[Any] = []
         for (occurrence, state), leaves in zip(wanted, stand_ins, strict=True):
             value = jax.tree.unflatten(jax.tree.structure(occurrence.point.avals), leaves)
-            with harvest.reaping(state.tag) as reaper:
+            with harvest.reaping_saves() as reaper, state.rehearsed(len(occurrence.path)):
                 try:
                     new = jax.tree.leaves(state.visit(value, occurrence.point.name, occurrence.layer))
                 except greenlet.GreenletExit:
                     left = True
-                saved_here = reaper.take()
+                saved_here = reaper.take_keyed()
             is_modified = not left and any(one is not other for one, other in zip(new, leaves, strict=True))
             if is_modified:
                 outputs.extend(new)
             saves = []
-            for name, saved in saved_here.items():
+            for key, saved in saved_here.items():
                 saved_leaves, tree = jax.tree.flatten(saved)
                 avals = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in map(jax.typeof, saved_leaves))
-                saves.append(Save(state, name, tree, avals))
+                saves.append(Save(key, tree, avals))
                 outputs.extend(saved_leaves)
             records.append(_Record(is_modified, tuple(saves)))
             _mark_p.bind()
@@ -312,7 +312,7 @@ def _kind(
         body,
         None if modified is None else tuple(map(atoms, modified)),
         tuple(tuple(map(atoms, leaves)) for leaves in saved),
-        tuple((save.state.tag, save.tree, tuple((aval.shape, aval.dtype) for aval in save.avals)) for save in saves),
+        tuple((save.key[0], save.tree, tuple((aval.shape, aval.dtype) for aval in save.avals)) for save in saves),
     )
 
 

@@ -78,6 +78,7 @@ class PassState:
         self.tag = object()  # JAX's caches keep a sow's tag: it must not lead to what was saved
         self.top: jax.core.Trace | None = None
         self.is_nested = False  # the pass itself stands in a nested trace of the pass around it
+        self.scans = 0  # layer scans in whose bodies the code that runs will stand, though it is only rehearsed yet
         self.values = loop_value.LoopValues()
         self.seen: dict[tuple[int | None, str], None] = {}
         self.at: str | None = None  # the site that waits, in words
@@ -118,6 +119,18 @@ class PassState:
         """Carries a value of the current trace out of the pass."""
         harvest.sow_value(value, tag=self.tag, name=name, mode="save")
         self.save_names[name] = None
+
+    @contextlib.contextmanager
+    def rehearsed(self, scans: int) -> Iterator[None]:
+        """In the block, what the loop of this pass does is kept for a body that so many layer scans stand around."""
+        around = list(self.chain())[1:]
+        for state in around:
+            state.scans += scans
+        try:
+            yield
+        finally:
+            for state in around:
+                state.scans -= scans
 
     def chain(self) -> Iterator["PassState"]:
         state: PassState | None = self

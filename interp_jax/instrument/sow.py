@@ -252,18 +252,22 @@ def sow_value(
     pred: Any = None,
     index: Any = None,
     slots: int | None = None,
+    scans: int | None = None,
     scope: tuple[Hashable, ...] | None = None,
 ) -> Any:
     """Binds the primitive, whoever listens.
 
     There are three modes beyond those of `sow`, for the running pass: `"save"` is strict, stacks in a scan, is zero
     where a branch was not taken, and the last value of a while loop; `"stack"` stacks the iterations of scans, always
-    in front; `"slot"` writes `value` into row `index` of a buffer of `slots` rows.
+    in front; `"slot"` writes `value` into row `index` of a buffer of `slots` rows. The last two are for layer scans:
+    `scans` says how many stand around the sow, and another scan besides is an error.
     """
     leaves, tree = jax.tree.flatten(value)
     operands = [*([] if pred is None else [pred]), *([] if index is None else [index]), *leaves]
     path = (*(_scope.get() if scope is None else scope), name)
-    results = sow_p.bind(*operands, tag=tag, path=path, mode=mode, tree=tree, has_pred=pred is not None, slots=slots)
+    results = sow_p.bind(
+        *operands, tag=tag, path=path, mode=mode, tree=tree, has_pred=pred is not None, slots=slots, scans=scans
+    )
     return jax.tree.unflatten(tree, results)
 
 

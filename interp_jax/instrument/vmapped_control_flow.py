@@ -70,7 +70,9 @@ def _asked_for(key: Key, slot: Slot, size: int) -> list[Any]:
     """What is planted under a name, for every row of the batch: a sow of zeros, which somebody replaces."""
     zeros = [jnp.broadcast_to(leaf, (size, *leaf.shape)) for leaf in slot.zeros()]
     tag, path = key
-    return sow_p.bind(*zeros, tag=tag, path=path, mode=slot.mode, tree=slot.tree, has_pred=False, slots=None)
+    return sow_p.bind(
+        *zeros, tag=tag, path=path, mode=slot.mode, tree=slot.tree, has_pred=False, slots=None, scans=None
+    )
 
 
 def install() -> None:
