@@ -58,6 +58,56 @@ def test_the_planted_nodes_and_edge_are_found_faithful_and_complete(planted):
     assert "L0 resid_post_latents, position 2 't0', unit 0 -> L1 resid_post_latents, position 3" in lines[-1]
 
 
+A, B, C, UNREAD, NONE = range(5)
+
+
+def converging_forward(params, tokens):
+    """Three layers. Two features of other positions and one of the own come together in the last, by known shares."""
+    x = site(jnp.asarray(params["embed"])[tokens], "resid_post", layer=0)
+    before = {back: jnp.pad(x, ((0, 0), (back, 0), (0, 0)))[:, : x.shape[1]] for back in (1, 3)}
+    nothing = jnp.zeros_like(x[..., 0])
+    first = 2 * before[3][..., A] + 3 * before[1][..., B]
+    x = site(jnp.stack([first, x[..., C], x[..., UNREAD], nothing, nothing], axis=-1), "resid_post", layer=1)
+    second = x[..., 0] + 4 * x[..., 1]
+    x = site(jnp.stack([second, x[..., 1], nothing, x[..., 2], nothing], axis=-1), "resid_post", layer=2)
+    return site(x[..., :2], "logits")
+
+
+def test_a_planted_circuit_of_several_paths_is_found_with_every_share():
+    model = as_model(converging_forward, {"embed": np.eye(5, dtype=np.float32)}, n_layers=3, d_model=5, vocab_size=5)
+    identity = ReLUSAE(W_enc=jnp.eye(5), W_dec=jnp.eye(5), b_enc=jnp.zeros(5), b_dec=jnp.zeros(5))
+    saes = {(layer, "resid_post"): identity for layer in range(3)}
+    pair = pair_of([NONE, A, UNREAD, B, C], [NONE] * 5, answer=0, wrong=1)
+    found = latent_circuit(model, pair, saes)
+
+    def where(node):
+        return node.layer, node.position, node.unit
+
+    effects = {
+        (0, 1, A): -2, (0, 3, B): -3, (0, 4, C): -3,
+        (1, 4, 0): -5, (1, 4, 1): -3, (2, 4, 0): -9, (2, 4, 1): 1,
+    }  # fmt: skip
+    assert {where(row.node): row.effect for row in found.nodes} == pytest.approx(effects)
+    shares = {
+        ((0, 1, A), (1, 4, 0)): 2 / 5, ((0, 3, B), (1, 4, 0)): 3 / 5, ((0, 4, C), (1, 4, 1)): 1,
+        ((1, 4, 0), (2, 4, 0)): 5 / 9, ((1, 4, 1), (2, 4, 0)): 4 / 9, ((1, 4, 1), (2, 4, 1)): 1,
+        # From the first layer to the last, through the second.
+        ((0, 1, A), (2, 4, 0)): 2 / 9, ((0, 3, B), (2, 4, 0)): 3 / 9, ((0, 4, C), (2, 4, 0)): 4 / 9,
+        ((0, 4, C), (2, 4, 1)): 1,
+    }  # fmt: skip
+    assert {(where(edge.upstream), where(edge.downstream)): edge.share for edge in found.edges} == pytest.approx(shares)
+    assert (found.full, found.empty) == (pytest.approx(8), pytest.approx(0))
+    assert (found.faithfulness, found.completeness) == (pytest.approx(1), pytest.approx(1))
+
+    few = latent_circuit(model, pair, saes, threshold=0.3, edge_threshold=0.5)  # of 8: without A and the wrong logit
+    assert {where(row.node) for row in few.nodes} == {at for at, effect in effects.items() if abs(effect) >= 0.3 * 8}
+    assert {(where(edge.upstream), where(edge.downstream)) for edge in few.edges} == {
+        ((0, 3, B), (1, 4, 0)), ((0, 4, C), (1, 4, 1)), ((1, 4, 0), (2, 4, 0)),
+    }  # fmt: skip
+    assert few.alone == pytest.approx(3 + 4)
+    assert few.without == pytest.approx(0)
+
+
 def test_without_a_reference_the_corrupted_prompt_stands_in(planted):
     model, _, _ = planted
     pair = pair_of([1, 3, 0, 2], [1, 0, 3, 2], answer=0, wrong=1)  # feature 2 works against it on both prompts alike
