@@ -17,7 +17,7 @@ nodes; tokens, answers, values and masks are its arguments.
 
 Below the lowest layer that a batch patches, its rows are the base run. On this project's `Transformer` a batch enters
 there, with the base run's `resid_pre`: over all layers that saves half of the blocks' work. The nodes or sets of a call
-are taken in the order of their layers for that. Any other model runs from its first layer.
+are taken in the order of their layers for that. Any other model runs from its first layer (`measured_pass`).
 
 Memory. The rows of a batch are as many as fit `memory_budget`: the program is compiled, and what XLA says that it needs
 besides the model's parameters is held against the budget.
@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from interp_jax.attribution.measured_pass import measured_pass
 from interp_jax.attribution.metric import Metric, check_varies, metric_of
 from interp_jax.attribution.nodes import Effects, Family, Node, Nodes, as_mask, axes_of, resolve
 from interp_jax.attribution.prompt_pair import PromptPair
 from interp_jax.instrument import iterate
-from interp_jax.models import transformer
 from interp_jax.models.language_model import LanguageModel
 
 __all__ = [
@@ -131,7 +131,7 @@ def _measure(forward: Forward, families: tuple[Family, ...], params: Any, tokens
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _patched(
-    forward: Forward,
+    forward: Callable[..., Any],
     families: tuple[Family, ...],
     params: Any,
     metric: Any,
@@ -141,15 +141,14 @@ def _patched(
     streams: Float[Array, "n_layers seq d_model"] | None,
     first: Int[Array, ""],
 ) -> Float[Array, "rows"]:
-    """The metric of one row for each mask, patched where it is true; `streams` enter at layer `first`, if there are."""
+    """The metric of one row for each mask, patched where it is true; from layer `first` on, if there are `streams`."""
     rows = masks[0].shape[0]
     patch = patch_families(families, masks, sources)
-    entering, given = forward, (params, jnp.broadcast_to(tokens, (rows, len(tokens))))
+    given = (params, jnp.broadcast_to(tokens, (rows, len(tokens))))
     if streams is not None:
-        stream = jnp.broadcast_to(streams[first], (rows, *streams.shape[1:]))
-        entering, given = transformer.apply_from, (*given, stream, first)
+        given = (*given, jnp.broadcast_to(streams[first], (rows, *streams.shape[1:])), first)
     start = iterate(
-        entering,
+        forward,
         sites={family.site for family in families},
         layers={layer for family in families for layer in family.layers},
     )
@@ -220,14 +219,12 @@ class Patching:
             raise ValueError("prompts= are what mean and resample ablation take values from: give both or neither.")
         self.language_model, self.pair = language_model, pair
         self.families = resolve(language_model, nodes, pair.seq)
-        self.metric = metric_of(metric, pair)
+        self._pass = run = measured_pass(language_model, self.families, metric_of(metric, pair))
         self.memory_budget = memory_budget
         tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-        # By the function itself: what wraps it may compute anything.
-        can_enter = language_model.forward is transformer.apply
-        entries = resolve(language_model, Nodes("resid_pre"), pair.seq) if can_enter else ()
+        entries = resolve(language_model, Nodes("resid_pre"), pair.seq) if run.enter is not None else ()
         self._read = (*self.families, *entries)
-        values, found = _measure(language_model.forward, self._read, language_model.params, tokens, self.metric)
+        values, found = _measure(run.forward, self._read, run.params, tokens, run.metric)
         check_varies(*values)
         self.clean, self.corrupted = map(float, values)
         self.base, row, other = (self.clean, 0, 1) if direction == "noising" else (self.corrupted, 1, 0)
@@ -248,10 +245,10 @@ class Patching:
         rows = np.asarray(prompts)
         if rows.ndim != 2 or rows.shape[1] != self.pair.seq or not len(rows):
             raise ValueError(f"prompts must be tokens [n, {self.pair.seq}], as long as the pair's, got {rows.shape}.")
-        model = self.language_model
+        run = self._pass
         for row in rows:
             given = jnp.asarray(np.stack([row, row]), jnp.int32)  # the shape that is compiled already
-            values = _measure(model.forward, self._read, model.params, given, self.metric)[1]
+            values = _measure(run.forward, self._read, run.params, given, run.metric)[1]
             yield tuple(value[:, 0] for value in values[: len(self.families)])
 
     @property
@@ -323,10 +320,9 @@ class Patching:
         return _patched(*self._arguments(masks, sources, first))
 
     def _arguments(self, masks: np.ndarray, sources: tuple[Any, ...], first: int) -> tuple[Any, ...]:
-        model = self.language_model
-        shaped = by_family(self.families, masks)
-        given = (model.params, self.metric, self._tokens, sources, shaped, self._streams, np.int32(first))
-        return (model.forward, self.families, *given)
+        run, shaped = self._pass, by_family(self.families, masks)
+        given = (run.params, run.metric, self._tokens, sources, shaped, self._streams, np.int32(first))
+        return (run.enter or run.forward, self.families, *given)
 
     @functools.cached_property
     def rows(self) -> int:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from interp_jax.attribution.activation_patching import Forward, site_values
+from interp_jax.attribution.measured_pass import measured_pass
 from interp_jax.attribution.metric import Metric, check_varies, metric_of
 from interp_jax.attribution.nodes import Effects, Family, Nodes, resolve
 from interp_jax.attribution.prompt_pair import PromptPair
@@ -55,9 +56,8 @@ def atp(
     """
     families = resolve(language_model, nodes, pair.seq)
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    clean, corrupted, effects = _atp(
-        language_model.forward, families, language_model.params, metric_of(metric, pair), tokens
-    )
+    run = measured_pass(language_model, families, metric_of(metric, pair))
+    clean, corrupted, effects = _atp(run.forward, families, run.params, run.metric, tokens)
     check_varies(clean, corrupted)
     return Effects(families, effects, pair.position_labels, clean=float(clean), corrupted=float(corrupted))
 
@@ -94,9 +94,8 @@ def integrated_gradients(
         raise ValueError(f"{embedding} is where the path is laid; name 'resid_pre' of layer 0 in its place.")
     (embedded,) = resolve(language_model, Nodes(embedding), pair.seq)
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    clean, corrupted, effects = _integrated(
-        language_model.forward, families, embedded, n_steps, language_model.params, metric_of(metric, pair), tokens
-    )
+    run = measured_pass(language_model, families, metric_of(metric, pair))
+    clean, corrupted, effects = _integrated(run.forward, families, embedded, n_steps, run.params, run.metric, tokens)
     check_varies(clean, corrupted)
     return Effects(families, effects, pair.position_labels, clean=float(clean), corrupted=float(corrupted))
 

@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float
 
 from interp_jax.attribution.activation_patching import Forward, site_values
 from interp_jax.attribution.atp import layers_of, place_of
+from interp_jax.attribution.measured_pass import measured_pass
 from interp_jax.attribution.metric import Metric, check_varies, metric_of
 from interp_jax.attribution.nodes import Effects, Family, Nodes, resolve
 from interp_jax.attribution.prompt_pair import PromptPair
@@ -89,9 +90,8 @@ def atp_star(
     if grad_drop:
         dropped = resolve(language_model, [Nodes(site, by=()) for site in _ADDED], pair.seq)
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    clean, corrupted, effects, off = _atp_star(
-        language_model.forward, families, scores, dropped, language_model.params, metric_of(metric, pair), tokens
-    )
+    run = measured_pass(language_model, families, metric_of(metric, pair))
+    clean, corrupted, effects, off = _atp_star(run.forward, families, scores, dropped, run.params, run.metric, tokens)
     check_varies(clean, corrupted)
     if scores and not float(off) <= _SOFTMAX_TOLERANCE:
         raise ValueError(

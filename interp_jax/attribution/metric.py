@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from interp_jax.attribution.prompt_pair import PromptPair
 from interp_jax.models.loss import next_token_losses
 
-__all__ = ["KL", "LogProbability", "LogitDifference", "Loss", "Metric", "check_varies", "metric_of"]
+__all__ = ["KL", "LogProbability", "LogitDifference", "Loss", "Metric", "at_one_position", "check_varies", "metric_of"]
 
 Metric = Callable[[Float[Array, "batch seq vocab"]], Float[Array, "batch"]]
 """A function of the logits, one number a row."""
@@ -113,6 +113,20 @@ def metric_of(metric: Metric | None, pair: PromptPair) -> Any:
     if jax.tree.structure(metric) == jax.tree.structure(0):  # a leaf: a plain function
         return Partial(metric)
     return jax.tree.map(jnp.asarray, metric)
+
+
+def at_one_position(metric: Any) -> tuple[Any, Any] | None:
+    """A metric that reads one position alone, as one of that position's logits `[batch, 1, vocab]`.
+
+    Args:
+        metric: from `metric_of`.
+
+    Returns:
+        That metric, and the position; None for a metric that may read more.
+    """
+    if type(metric) not in (LogitDifference, LogProbability, KL) or jnp.ndim(metric.position):
+        return None
+    return dataclasses.replace(metric, position=jnp.zeros_like(metric.position)), metric.position
 
 
 def check_varies(clean: Any, corrupted: Any) -> None:

@@ -466,7 +466,7 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: The rows are longer than the context, or, outside jit, an id is no token.
         """
-        return self._run(tokens, is_token, positions, None, last_only=False)[0]
+        return self._run(tokens, is_token, positions, None)[0]
 
     def extend(
         self,
@@ -487,7 +487,7 @@ class Transformer(nnx.Module):
         Returns:
             Logits, and the cache with these tokens in it.
         """
-        logits, extended = self._run(tokens, is_token, None, cache, last_only=last_only)
+        logits, extended = self._run(tokens, is_token, None, cache, at=-1 if last_only else None)
         assert extended is not None
         return logits, extended
 
@@ -498,9 +498,13 @@ class Transformer(nnx.Module):
         positions: Any,
         cache: KeyValueCache | None,
         *,
-        last_only: bool,
+        at: Any = None,
         entry: tuple[Any, Any] | None = None,
     ) -> tuple[Array, KeyValueCache | None]:
+        """Logits, and the cache with the tokens in it.
+
+        Of one position where `at` says so; with an entry, `(stream, layer)`, from there on.
+        """
         c, seq = self.config, tokens.shape[1]
         if seq > c.context:
             raise ValueError(
@@ -532,8 +536,8 @@ class Transformer(nnx.Module):
             stream, first = entry
             x = jnp.where(first > 0, stream.astype(x.dtype), x)
         x, kept = self._through_blocks(x, shared, cache, first)
-        if last_only:
-            x = x[:, -1:]
+        if at is not None:
+            x = x[:, at][:, None]
         x = site(self.final_norm(x), "final_norm", layer=None)
         if c.tied_embeddings:
             logits = jnp.einsum("vd,bsd->bsv", self.W_embed[...].astype(x.dtype), x)
@@ -619,12 +623,26 @@ def apply(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float[Array, "
     return model(tokens)
 
 
+def apply_at(
+    model: Transformer, tokens: Int[Array, "batch seq"], position: Int[Array, ""] | int
+) -> Float[Array, "batch 1 vocab_size"]:
+    """`apply`, but the logits of one position only; `final_norm` and `logits` are of that position, too.
+
+    Args:
+        model: The parameters.
+        tokens: Token ids.
+        position: Where; negative from the end. It is data.
+    """
+    return model._run(tokens, None, None, None, at=position)[0]
+
+
 def apply_from(
     model: Transformer,
     tokens: Int[Array, "batch seq"],
     stream: Float[Array, "batch seq d_model"],
     layer: Int[Array, ""] | int,
-) -> Float[Array, "batch seq vocab_size"]:
+    position: Int[Array, ""] | int | None = None,
+) -> Float[Array, "batch seq_out vocab_size"]:
     """`apply`, but the stream enters one layer with a given value, and the layers below it are not run.
 
     The layer is data: one compiled program serves them all. A running pass still sees the sites of every layer; what it
@@ -635,11 +653,12 @@ def apply_from(
         tokens: Token ids.
         stream: `resid_pre` of that layer. At layer 0 it is not looked at: what enters there is `embed`.
         layer: From 0 to `n_layers - 1`.
+        position: As in `apply_at`; all positions when None.
 
     Returns:
         Logits, in the dtype of the computation.
     """
-    return model._run(tokens, None, None, None, last_only=False, entry=(stream, layer))[0]
+    return model._run(tokens, None, None, None, at=position, entry=(stream, layer))[0]
 
 
 def stacked(model: Transformer) -> Transformer:

@@ -1,11 +1,21 @@
 """Metrics against NumPy in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interp_jax.attribution.metric import KL, LogitDifference, LogProbability, Loss, check_varies, metric_of
+from interp_jax.attribution.metric import (
+    KL,
+    LogitDifference,
+    LogProbability,
+    Loss,
+    at_one_position,
+    check_varies,
+    metric_of,
+)
 from interp_jax.attribution.prompt_pair import PromptPair
 
 RNG = np.random.default_rng(0)
@@ -28,6 +38,24 @@ def test_metrics_are_what_their_names_say():
     tokens = np.array([4, 1, 0, 10, 2])
     losses = [-LOG_PROBS[:, place, tokens[place + 1]] for place in range(4)]
     np.testing.assert_allclose(Loss(jnp.asarray(tokens))(logits), np.mean(losses, axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LogitDifference(3, 7, 1), LogProbability(2), KL(LOG_PROBS[0, -1], -2)])
+def test_a_metric_of_one_position_is_the_same_of_that_position_alone(kind):
+    metric = metric_of(kind, pair())
+    alone, position = at_one_position(metric)
+    np.testing.assert_array_equal(alone(jnp.asarray(LOGITS[:, int(position)][:, None])), metric(jnp.asarray(LOGITS)))
+
+
+def test_a_metric_that_may_read_more_is_not_narrowed():
+    @dataclasses.dataclass(frozen=True)
+    class Summed(LogitDifference):
+        def __call__(self, logits):
+            return logits.sum((1, 2))
+
+    for kind in (Loss(jnp.arange(5)), Summed(3, 7), LogitDifference(3, 7, np.array([1, 2])), _largest):
+        metric = kind if isinstance(kind, Summed) else metric_of(kind, pair())
+        assert at_one_position(metric) is None
 
 
 def _largest(logits):
