@@ -85,7 +85,7 @@ class Slot:
 
     @property
     def is_state(self) -> bool:
-        return self.mode in ("clobber", "cond_clobber", "slot")
+        return self.mode in ("clobber", "cond_clobber", "slot", "ask")
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:

@@ -17,6 +17,8 @@ What bites:
   others.
 * Taps have a rule for reverse mode only: `jax.jvp` of a function that calls `gradients` is an error of JAX's,
   `jax.grad` of it is fine.
+* From a layer scan the gradients leave in a buffer of its own, which the backward pass carries. Another scan around the
+  layer scan, or in its body around the site, would overwrite it: that is an error.
 * The zero is a scalar, and `shard_map` takes planted values by their leading axis: a site in one is an error.
 """
 

@@ -553,8 +553,15 @@ class _Plan:
         )
         sow_value(value, tag=self.tag, name=buffer, scope=(), scans=self.depths[buffer.point], **mode)
 
-    def keep_inner(self, values: dict[Any, Any], index: Any) -> None:
-        """Keeps what was saved in the functions inside a body."""
+    @contextlib.contextmanager
+    def keeping(self, index: Any) -> Iterator[None]:
+        """Runs a body in the block, and keeps what is saved in the functions inside it."""
+        if not any(buffer.point.is_nested for buffer in self.rows):
+            yield
+            return
+        with harvest.reaping(self.inner_tag) as reaper:
+            yield
+            values: dict[Any, Any] = reaper.take()
         for buffer, value in values.items():
             if self.is_uniform(buffer.point):
                 self._keep(buffer, value, None)
@@ -678,7 +685,7 @@ class _Assembly:
         """
         if trace_context.current_trace() is self.top:
             return self.index
-        return sow_value(jnp.zeros((), jnp.int32), tag=_INDEX, name=_INDEX, mode="clobber", scope=())
+        return sow_value(jnp.zeros((), jnp.int32), tag=_INDEX, name=_INDEX, mode="ask", scope=())
 
     def scan(self, call: _Call) -> tuple[Any, Any]:
         program = next(self.items, None)
@@ -706,16 +713,14 @@ def _assemble(call: _Call, assembly: _Assembly, carry: Any, x: Any) -> tuple[Any
     """Runs a body as the compiled scan will; functions inside it get the iteration's index where they ask for it."""
 
     def run(carry: Any, x: Any) -> tuple[Any, Any]:
-        with harvest.reaping(assembly.plan.inner_tag) as reaper:
-            assembly.top = trace_context.current_trace()
-            outs = _in(call, assembly)(carry, x)
-            inner = reaper.take()
-        assembly.plan.keep_inner(inner, assembly.index)
-        return outs
+        assembly.top = trace_context.current_trace()
+        return _in(call, assembly)(carry, x)
 
-    if not assembly.plan.asks_for_index(assembly.program):
-        return run(carry, x)
-    return harvest.plant(run, tag=_INDEX)({_INDEX: assembly.index}, carry, x)
+    # Planted inside what is reaped: the derivative of a reaped value is to be that of the code with its index.
+    with assembly.plan.keeping(assembly.index):
+        if not assembly.plan.asks_for_index(assembly.program):
+            return run(carry, x)
+        return harvest.plant(run, tag=_INDEX)({_INDEX: assembly.index}, carry, x)
 
 
 _INDEX = "the index of a layer_scan's iteration"

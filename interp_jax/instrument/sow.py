@@ -257,10 +257,11 @@ def sow_value(
 ) -> Any:
     """Binds the primitive, whoever listens.
 
-    There are three modes beyond those of `sow`, for the running pass: `"save"` is strict, stacks in a scan, is zero
+    There are four modes beyond those of `sow`, for the running pass: `"save"` is strict, stacks in a scan, is zero
     where a branch was not taken, and the last value of a while loop; `"stack"` stacks the iterations of scans, always
     in front; `"slot"` writes `value` into row `index` of a buffer of `slots` rows. The last two are for layer scans:
-    `scans` says how many stand around the sow, and another scan besides is an error.
+    `scans` says how many stand around the sow, and another scan besides is an error. `"ask"` is for a value that is
+    planted, never reaped, and the same for a whole batch.
     """
     leaves, tree = jax.tree.flatten(value)
     operands = [*([] if pred is None else [pred]), *([] if index is None else [index]), *leaves]

@@ -38,7 +38,8 @@ def _sow_outside(primitive: Any) -> None:
         for _, path in sown.keys() - handled.keys():
             if runs_every_branch:
                 raise ReapError(
-                    f"{in_words(path)!r} is in a layer scan in a vmapped `{primitive}`: save cannot cross it"
+                    f"{in_words(path)} is asked for in a vmapped `{primitive}`, which save cannot cross: put the pass "
+                    "inside the vmap, or write the layer_scan's layers as a Python loop"
                 )
         if not handled:
             return jax_rule(axis_data, args, axes, **params)

@@ -381,16 +381,29 @@ def vmap_inside(site, x, w):
     return jax.vmap(lambda x, w: site(jnp.sin(x * w), "a"))(x, w)
 
 
+def custom_inside(site, x, w):
+    @jax.custom_jvp
+    def function(x):
+        return site(jnp.sin(x), "a")
+
+    function.defjvp(lambda primals, tangents: (function(*primals), tangents[0] * 5))
+    return function(x) * w
+
+
 @pytest.mark.caches
 @pytest.mark.parametrize("layers", [None, 1, (0, 2)], ids=["all", "one", "two"])
-@pytest.mark.parametrize("inside", [scan_inside, while_inside, cond_inside, vmap_inside])
+@pytest.mark.parametrize("inside", [scan_inside, while_inside, cond_inside, vmap_inside, custom_inside])
 def test_what_is_saved_in_a_function_inside_the_body(inside, layers):
     def run(is_scanned):
-        return jax.jit(ij.fetch(lambda x: with_inner(inside, x, is_scanned), "a", layers))(X)
+        def along(x):
+            fetching = ij.fetch(lambda x: with_inner(inside, x, is_scanned), "a", layers)
+            return jax.jvp(fetching, (x,), (jnp.ones_like(x),))
 
-    (out, values), (expected_out, expected) = run(True), run(False)
-    assert list(values) == list(expected)
-    close((out, dict(values)), (expected_out, dict(expected)))
+        return jax.jit(along)(jnp.asarray(X))
+
+    for (out, values), (expected_out, expected) in zip(run(True), run(False), strict=True):
+        assert list(values) == list(expected)
+        close((out, dict(values)), (expected_out, dict(expected)))
 
 
 @pytest.mark.caches
