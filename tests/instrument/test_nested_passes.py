@@ -406,6 +406,14 @@ def test_what_is_saved_in_a_function_inside_the_body(inside, layers):
         close((out, dict(values)), (expected_out, dict(expected)))
 
 
+def test_a_layer_of_its_own_in_a_vmapped_cond_is_refused():
+    def inside(site, x, w):
+        return jax.vmap(lambda x: jax.lax.cond(x > 0, lambda x: site(x * 2, "a"), lambda x: x, x))(x)
+
+    with pytest.raises(ij.ReapError, match=r"vmapped `cond`, which save cannot cross.*inside the vmap"):
+        jax.jit(ij.fetch(lambda x: with_inner(inside, x, True), "a", 1))(X)
+
+
 @pytest.mark.caches
 def test_gradients_across_a_layer_scan_and_another_scan_are_refused():
     """They came from one iteration of the other scan alone."""
