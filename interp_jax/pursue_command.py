@@ -7,7 +7,8 @@ tells apart what a dictionary lacks and what its encoder misses.
 
     index.html     the frontier, loss recovered against L0; codes by pursuit against codes by the encoder, for latents
                    of different frequency; the two codes of a dictionary side by side on the same texts
-    pursue.json    all numbers
+    frontier.svg   the frontier by itself
+    pursue.json    all numbers; written after every point, so that an interrupted command keeps what it measured
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from interp_jax.models.loss import next_token_losses
 from interp_jax.progress import advancing
 from interp_jax.pursuit import PursuitEncoder, TopKEncoder, gradient_pursuit, orthogonal_matching_pursuit, topk_encode
 from interp_jax.report.coding_point import CodingPoint
+from interp_jax.report.pictures import coding_frontier, picture_file
 from interp_jax.report.pursuit_page import CodedToken, pursuit_page, side_by_side
 from interp_jax.sae import Autoencoder, ReLUSAE, SparseAutoencoder, evaluate, load_sae, loss_recovered
 from interp_jax.whole_file import write_whole
@@ -92,20 +94,28 @@ def run(
     random = ReLUSAE.random(largest.d_in, largest.d_sae, key=jax.random.key(0)).replace(b_dec=jnp.asarray(mean))
 
     ways = [*_ways(saes, random, l0s)]
-    points = []
+    points: list[CodingPoint] = []
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"model": model_name, "layer": layer, "site": site, "text": text, "tokens": rows.size}
+    width = max(len(f"{dictionary}: {way}") for dictionary, way, _ in ways)
     with advancing("Splicing on held-out text", (len(ways) + 2) * rows.size) as advance:
         measure = functools.partial(_mean_loss, model, rows, values, _spliced(model, site, layer, keep_above), advance)
         clean, zero = measure(lambda value: value), measure(jnp.zeros_like)
+        facts = {"settings": settings, "loss_clean": clean, "loss_zero_ablated": zero}
+        print(f"loss: clean {clean:.3f}, zero-ablated {zero:.3f} nats a token")
+        print(f"{'':<{width}}      L0     FVU    loss  recovered", flush=True)
         for dictionary, way, coder in ways:
             loss = measure(functools.partial(_reconstruct, coder))
             found = evaluate(coder, activations)
-            points.append(CodingPoint(dictionary, way, found.l0, found.fvu, loss, loss_recovered(clean, loss, zero)))
-    _tell(points, clean, zero)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {"model": model_name, "layer": layer, "site": site, "text": text, "tokens": rows.size}
-    facts = {"settings": settings, "loss_clean": clean, "loss_zero_ablated": zero}
-    facts |= {"points": [dataclasses.asdict(point) for point in points]}
-    write_whole(out / "pursue.json", json.dumps(facts, indent=1).encode())
+            point = CodingPoint(dictionary, way, found.l0, found.fvu, loss, loss_recovered(clean, loss, zero))
+            points.append(point)
+            print(
+                f"{f'{dictionary}: {way}':<{width}} {point.l0:7.1f} {point.fvu:7.3f} {point.loss:7.3f} "
+                f"{point.recovered:9.1%}",
+                flush=True,
+            )
+            measured = [dataclasses.asdict(point) for point in points]
+            write_whole(out / "pursue.json", json.dumps(facts | {"points": measured}, indent=1).encode())
     name, sae = next(iter(saes.items()))
     k = min(l0s, key=lambda k: abs(k - evaluate(sae, activations[:1]).l0))
     encoded, pursued, latents = _scatter(sae, k, activations)
@@ -122,6 +132,7 @@ def run(
         texts=[_coded(model, sae, k, rows[number], values[0][number]) for number in range(_TEXTS)],
     )
     write_whole(out / "index.html", page)
+    write_whole(out / "frontier.svg", picture_file(coding_frontier(points)))
     print(f"The page is {out / 'index.html'}.")
 
 
@@ -224,12 +235,3 @@ def _coded(
     ]
     texts = model.tokenizer.readable(tokens[1:_TOKENS].tolist())
     return [side_by_side(*one) for one in zip(texts, *both, strict=True)]
-
-
-def _tell(points: list[CodingPoint], clean: float, zero: float) -> None:
-    print(f"loss: clean {clean:.3f}, zero-ablated {zero:.3f} nats a token")
-    width = max(len(f"{point.dictionary}: {point.way}") for point in points)
-    print(f"{'':<{width}}      L0     FVU    loss  recovered")
-    for point in points:
-        name = f"{point.dictionary}: {point.way}"
-        print(f"{name:<{width}} {point.l0:7.1f} {point.fvu:7.3f} {point.loss:7.3f} {point.recovered:9.1%}")

@@ -41,8 +41,32 @@ def test_the_numbers_are_those_of_evaluation_and_splicing(folder, tmp_path, monk
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count('<svg class="picture"') == 2
     assert page.count('<td class="token">') == 3 * 32
+    assert (tmp_path / "out" / "frontier.svg").read_text().startswith("<svg xmlns=")
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     assert "recovered" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.caches
+def test_what_was_measured_is_kept_when_the_command_is_interrupted(folder, tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def evaluate(*args):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(args)
+        return pursue_evaluate(*args)
+
+    pursue_evaluate = pursue_command.evaluate
+    monkeypatch.setattr(pursue_command, "evaluate", evaluate)
+    monkeypatch.setattr("sys.argv", [*f"interp-jax pursue {folder} --model tiny --n-held-out 512".split(),
+                                     *f"--context 64 --l0 2 --layer 2 --out {tmp_path / 'out'}".split()])  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    found = json.loads((tmp_path / "out" / "pursue.json").read_text())
+    assert [point["way"] for point in found["points"]] == ["encoder", "encoder's largest"]
+    assert ": encoder's largest" in capsys.readouterr().out
 
 
 def test_what_cannot_be_pursued_is_told_before_the_model_is_loaded(folder, tmp_path, monkeypatch):

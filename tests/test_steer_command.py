@@ -78,6 +78,7 @@ def test_a_study_s_frontier_can_be_computed_again_from_its_rollouts(tmp_path, mo
         on = is_pareto(hits.mean(axis=1), np.asarray([point["loss"] for point in points]))
         assert [point["is_on_frontier"] for point in points] == on.tolist()
     assert SteeringVector.load(out / "vectors" / "mean_difference.safetensors").layer == 2
+    assert (out / "frontier.svg").read_text().startswith("<svg xmlns=")
     page = Text((out / "index.html").read_text())
     assert all(name in page.text for name in names)
     assert not page.asked

@@ -4,6 +4,8 @@ A picture is drawn once and read on a light and on a dark ground, so no colour m
 few marker colours that occur nowhere else, and afterwards they are replaced by CSS variables of the page (`var(--ink)`
 and so on). Text stays text: it can be selected, searched and read aloud.
 
+`picture_file` makes of such a drawing a file that stands alone, for a paper or a slide.
+
 What matplotlib adds around the drawing (document type, metadata with addresses, a style sheet that would apply to the
 whole page, ids that every drawing has alike) is taken off; the tests hold it to that.
 """
@@ -32,6 +34,7 @@ __all__ = [
     "codes_by_codes",
     "coding_frontier",
     "density_histogram",
+    "picture_file",
     "score_against_l0",
     "steering_frontier",
     "training_curve",
@@ -45,6 +48,14 @@ _VARIABLES = {
     _FIRST: "var(--first)",
     _SECOND: "var(--second)",
     _GROUND: "var(--ground)",
+}
+_ON_WHITE = {
+    "var(--ink)": "#1d1c1a",
+    "var(--muted)": "#635f58",
+    "var(--rule)": "#dedad2",
+    "var(--first)": "#0b6aa8",
+    "var(--second)": "#b4510a",
+    "var(--ground)": "#ffffff",
 }
 _WAYS = (("*", "none"), ("s", ":"), ("o", "-"), ("D", "--"))
 _SERIES = ((_FIRST, "o"), (_SECOND, "D"), (_INK, "s"), (_MUTED, "^"))
@@ -230,6 +241,23 @@ def steering_frontier(points: Sequence[FrontierPoint]) -> Markup:
                 text.set_parse_math(False)
         label = f"Lines: success against loss for {len(methods)} methods. The table holds the numbers."
         return _svg(figure, "steering-frontier", label)
+
+
+def picture_file(picture: Markup) -> str:
+    """A drawing as an SVG file of its own: in fixed colours, on white.
+
+    Args:
+        picture: what one of the other functions gives.
+
+    Returns:
+        The file's text.
+    """
+    text = str(picture)
+    for variable, color in _ON_WHITE.items():
+        text = text.replace(variable, color)
+    opening, rest = text.split(">", 1)
+    opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"', 1)
+    return f'{opening}><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
 
 
 def density_histogram(densities: Sequence[float]) -> Markup:

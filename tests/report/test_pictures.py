@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from interp_jax.report import TrainingCurve
-from interp_jax.report.pictures import density_histogram, score_against_l0, training_curve
+from interp_jax.report.pictures import density_histogram, picture_file, score_against_l0, training_curve
 
 
 def pictures(report):
@@ -56,3 +56,11 @@ def test_curve_is_drawn_where_its_values_are():
     slopes = np.diff(points[:, 1]) / np.diff(points[:, 0])
     np.testing.assert_allclose(slopes, slopes[0], rtol=1e-4)
     assert slopes[0] < 0  # SVG's y axis points down, and the values rise
+
+
+def test_a_picture_is_a_file_of_its_own_in_fixed_colours():
+    text = picture_file(density_histogram([0.0, 1e-3, 0.02, 0.5]))
+    root = xml.etree.ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(" not in text
+    assert "#635f58" in text
