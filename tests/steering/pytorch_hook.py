@@ -36,7 +36,8 @@ def hooked_logits(case: str, path: pathlib.Path, positions: object) -> np.ndarra
     import transformers
 
     class_name, fields = pytorch_reference.CASES[case]
-    config = getattr(transformers, f"{class_name}Config")(**fields, attn_implementation="eager")  # SDPA leaves soft caps out
+    # Not SDPA, which leaves soft caps out.
+    config = getattr(transformers, f"{class_name}Config")(**fields, attn_implementation="eager")
     suffix = "LMHeadModel" if class_name == "GPT2" else "ForCausalLM"
     model = getattr(transformers, f"{class_name}{suffix}")(config).eval()
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
