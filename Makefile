@@ -23,7 +23,7 @@ test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile -m slow
+	XLA_FLAGS= $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile -m slow # compiled with optimisation
 
 test-newest: ## the fast tests on the newest JAX, where a Python of at least 3.12 is found
 	@python=$$(sh .ci/newest-python); \

@@ -1,5 +1,16 @@
-"""Settings for every test: one CPU platform, and JAX's leak checker on."""
+"""Settings for every test: one CPU platform, a compiler in a hurry, and JAX's leak checker on.
 
+**The compiler.** Nearly all the time of the fast tests was XLA's, on programs that run once on a few numbers. So they
+are compiled without optimisation, unless `XLA_FLAGS` is set, be it to nothing: `make test-slow` does so, as its tests
+compute for minutes. Tests of several devices start processes with flags of their own.
+
+**The leak checker.** A tracer that outlives its trace fails a test. This costs dear in two ways. It bypasses JAX's
+trace caches, so each call of a small operation is traced and compiled anew: a test marked `caches` goes without it. And
+at most traces it collects garbage and looks through every object that there is, so it is shown only what is newer than
+the test, which a tracer that leaks in it is. What was there before is frozen: the collector then does not see it.
+"""
+
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -7,9 +18,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+IN_A_HURRY = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# Later ones have no such flag, and XLA ends the process at a flag that it does not know.
+if jax.__version_info__ < (0, 11):
+    IN_A_HURRY.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(IN_A_HURRY))  # read when the first program is compiled
+
 
 @pytest.fixture(autouse=True)
 def _leaks_are_checked(request: pytest.FixtureRequest):
-    """A leaked tracer fails a test, unless it is marked `caches`: the leak checker bypasses the trace caches."""
-    with jax.check_tracer_leaks(request.node.get_closest_marker("caches") is None):
+    """A leaked tracer fails a test, unless it is marked `caches`."""
+    if request.node.get_closest_marker("caches"):
         yield
+        return
+    gc.freeze()
+    try:
+        with jax.check_tracer_leaks(True):
+            yield
+    finally:
+        gc.unfreeze()
