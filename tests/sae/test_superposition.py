@@ -36,6 +36,7 @@ def test_rows_are_sums_of_few_directions():
     np.testing.assert_allclose(several.mean(axis=0), mean, atol=0.03)
 
 
+@pytest.mark.slow
 def test_a_relu_sae_of_the_right_width_recovers_the_dictionary_and_shrinks():
     sae, found = trained(architecture="relu", n_steps=3000)
     assert mean_max_cosine(DIRECTIONS, sae.W_dec[...]) > 0.95
