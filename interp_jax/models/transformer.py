@@ -5,7 +5,8 @@ and Gemma. Weights from their authors come through `hugging_face.py` and `gguf_m
 `saved_model.py`.
 
 A `Transformer` is a `flax.nnx` module and thereby a pytree: pass it as the parameters of a pure function, and use
-plain `jax.jit`, `jax.grad` and optax on it. `apply` is that pure function.
+plain `jax.jit`, `jax.grad` and optax on it. `apply` is that pure function; `apply_at` gives the logits of one position
+alone, and `apply_from` begins at a layer that is data, with a given stream.
 
 What each site holds (b = batch, s = seq; `query` and `key` both run over seq; with a cache, `key` over its slots):
 
