@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.extend.core import primitives as jex_primitives
 
-from interp_jax.instrument.sow import MODES, Listener, controls, edit_p, is_heard, sow_p
+from interp_jax.instrument.sow import MODES, Listener, controls, edit_p, is_heard, is_silent, sow_p
 
 __all__ = ["Level", "ReapError", "Slot", "bind", "interpret", "sown_in"]
 
@@ -230,6 +230,19 @@ class Purpose:
         is_public = mode in MODES
         return is_public and self.listener is not None and self.listener.exclusive and tag != self.listener.tag
 
+    def concerns(self, key: Key, mode: str) -> bool:
+        """Whether it must see to a sow."""
+        return self.handles(key, mode) or self.drops(key, mode)
+
+
+def _is_over(mode: str) -> bool:
+    """Whether a sow stands in code that runs for its derivative alone: it has had its turn, and ends here.
+
+    What is asked for is still to be planted. Left where it is, the sow would make all results of a vmapped equation
+    depend on the batch.
+    """
+    return is_silent() and mode != "ask"
+
 
 _WRITTEN = "was it written?"
 
@@ -294,7 +307,7 @@ class Level:
                 else:
                     self.write(key, slot, leaves, pred)
                 return leaves
-        if self.purpose.drops(key, mode):
+        if self.purpose.drops(key, mode) or _is_over(mode):
             return leaves
         return sow_p.bind(*operands, **params)
 
@@ -345,7 +358,7 @@ class Level:
         found = {
             key: slot
             for key, slot in sown_in_equation(primitive, params).items()
-            if self.purpose.handles(key, slot.mode) or self.purpose.drops(key, slot.mode)
+            if self.purpose.concerns(key, slot.mode) or _is_over(slot.mode)
         }
         if self.purpose.notes_writes:
             found.update({_note_key(key): _note(slot) for key, slot in found.items() if _is_noted(slot)})
@@ -479,7 +492,11 @@ class Crossing:
         for key, slot in slots.items():
             if level.purpose.handles(key, slot.mode):
                 level.meet(key, slot)
-        kept = {key: slot for key, slot in slots.items() if level.purpose.reaps and key not in level.planted}
+        kept = {
+            key: slot
+            for key, slot in slots.items()
+            if level.purpose.reaps and key not in level.planted and level.purpose.concerns(key, slot.mode)
+        }
         self.state = {key: slot for key, slot in kept.items() if slot.is_state}
         self.once = {key: slot for key, slot in kept.items() if not slot.is_state}
         self.planted = {key: slot for key, slot in slots.items() if key in level.planted}

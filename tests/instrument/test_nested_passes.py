@@ -406,6 +406,29 @@ def test_what_is_saved_in_a_function_inside_the_body(inside, layers):
         close((out, dict(values)), (expected_out, dict(expected)))
 
 
+@pytest.mark.caches
+def test_forward_jacobian_of_what_one_layer_saves_in_a_custom_derivative():
+    @jax.custom_jvp
+    def function(x):
+        return ij.site(jnp.sin(x), "a")
+
+    function.defjvp(lambda primals, tangents: (function(*primals), jnp.cos(primals[0]) * tangents[0]))
+
+    def saved(x):
+        def model(x):
+            return ij.layer_scan(lambda x, w: (function(x * w), None), x, jnp.arange(1.0, 4.0))[0]
+
+        for layer, _, value in (running := ij.iterate(model)(x)):
+            if layer == 1:
+                running.save("twice", 2 * value)
+        return running.saved["twice"]
+
+    x = jnp.array([0.3, 0.7])
+    expected = jnp.diag(4 * jnp.cos(2 * jnp.sin(x)) * jnp.cos(x))
+    for jacobian in (jax.jacfwd(saved), jax.jacfwd(jax.jit(saved)), jax.jacrev(saved)):
+        close(jacobian(x), expected)
+
+
 def test_a_layer_of_its_own_in_a_vmapped_cond_is_refused():
     def inside(site, x, w):
         return jax.vmap(lambda x: jax.lax.cond(x > 0, lambda x: site(x * 2, "a"), lambda x: x, x))(x)
