@@ -118,9 +118,14 @@ def test_bad_input_is_told():
     ]:
         with pytest.raises(ValueError, match=message):
             with_latents(model, saes)
+
+
+def test_a_model_of_other_code_that_scans_over_its_layers_has_latents_too():
+    model, saes = small_model(), {(0, "mlp_out"): random_sae(12, 5, 0), (1, "resid_post"): random_sae(12, 7, 1)}
     scanned = dataclasses.replace(model, forward=_of_a_box, params={"model": stacked(model.params)})
-    with pytest.raises(ValueError, match="runs its layers in a scan"):
-        with_latents(scanned, {(0, "mlp_out"): sae})
+    pair = pair_of(*np.asarray(small_tokens()), 3, 11)
+    found, expected = (atp(with_latents(each, saes), pair, latent_nodes(saes)) for each in (scanned, model))
+    np.testing.assert_allclose(found.flat, expected.flat, rtol=1e-4, atol=1e-5)
 
 
 def _of_a_box(params, tokens):
