@@ -11,23 +11,18 @@ bounds, in one backward pass for all latents and all errors (Marks et al. 2024, 
 What an effect means: a patched latent changes the activation by its decoder row and leaves the error as it was; a
 patched error leaves the latents. What is changed upstream changes both, as in the model itself: gradients go through
 codes and error alike, and to what is upstream the splice is not there.
-
-Hazard: the sites stand in a pass within the pass, which does not work in a scan over layers. This project's
-`Transformer` is unrolled for it (its stacked parameters are copied); another model that scans is refused.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from interp_jax.attribution.nodes import Nodes, sites_of
-from interp_jax.instrument import SiteError, fetch, iterate, site
+from interp_jax.instrument import iterate, site
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.models.transformer import Transformer, unrolled
 from interp_jax.sae.protocol import Autoencoder
 
 __all__ = ["Place", "check_places", "latent_nodes", "with_latents"]
@@ -47,19 +42,15 @@ def with_latents(language_model: LanguageModel, saes: Mapping[Place, Autoencoder
         The model, with sites `<site>_latents` and `<site>_error` in those layers.
 
     Raises:
-        ValueError: A site or layer does not exist, an autoencoder is of another width or a transcoder, or the model
-            scans over its layers and is not this project's.
+        ValueError: A site or layer does not exist, or an autoencoder is of another width or a transcoder.
     """
     check_places(language_model, saes)
-    params = language_model.params
-    spliced = dataclasses.replace(
+    return dataclasses.replace(
         language_model,
         forward=_WithLatents(language_model.forward, tuple(saes)),
-        params=(unrolled(params) if isinstance(params, Transformer) else params, list(saes.values())),
+        params=(language_model.params, list(saes.values())),
         unembed=_Unembed(language_model.unembed),
     )
-    _check_not_scanned(spliced, saes)
-    return spliced
 
 
 def latent_nodes(saes: Mapping[Place, Autoencoder]) -> tuple[Nodes, ...]:
@@ -142,21 +133,3 @@ class _Unembed:
 
     def __call__(self, params: tuple[Any, list[Autoencoder]], directions: Array) -> Array:
         return self.unembed(params[0], directions)
-
-
-def _check_not_scanned(model: LanguageModel, saes: Mapping[Place, Autoencoder]) -> None:
-    """In a scan over layers the inner sites come out with an axis of layers: seen from shapes alone."""
-    sites, layers = {f"{name}_latents" for _, name in saes}, {layer for layer, _ in saes}
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    try:
-        _, found = jax.eval_shape(jax.jit(fetch(model.forward, sites, layers)), model.params, tokens)
-        is_right = all(
-            found[layer, f"{name}_latents"].shape == (1, 2, sae.d_sae) for (layer, name), sae in saes.items()
-        )
-    except (SiteError, KeyError):
-        is_right = False
-    if not is_right:
-        raise ValueError(
-            f"{model.name} runs its layers in a scan, where latents cannot be made sites; load it with its layers "
-            "unrolled (a Python loop)."
-        )
