@@ -5,13 +5,15 @@ are compiled without optimisation, unless `XLA_FLAGS` is set, be it to nothing: 
 compute for minutes. Tests of several devices start processes with flags of their own.
 
 **The leak checker.** A tracer that outlives its trace fails a test. This costs dear in two ways. It bypasses JAX's
-trace caches, so each call of a small operation is traced and compiled anew: a test marked `caches` goes without it. And
-at most traces it collects garbage and looks through every object that there is, so it is shown only what is newer than
-the test, which a tracer that leaks in it is. What was there before is frozen: the collector then does not see it.
+trace caches, so each call of a small operation is traced and compiled anew: a test marked `caches` goes without it, and
+so do all of the packages that know arrays only, never a model, where no code of ours stands between JAX and a function.
+And at most traces it collects garbage and looks through every object that there is, so it is shown only what is newer
+than the test, which a tracer that leaks in it is. What was there before is frozen: the collector then does not see it.
 """
 
 import gc
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -23,6 +25,14 @@ IN_A_HURRY = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensiv
 if jax.__version_info__ < (0, 11):
     IN_A_HURRY.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(IN_A_HURRY))  # read when the first program is compiled
+
+ARRAYS_ONLY = [pathlib.Path(__file__).parent / name for name in ("pursuit", "sae")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    for item in items:
+        if any(folder in item.path.parents for folder in ARRAYS_ONLY):
+            item.add_marker("caches")
 
 
 @pytest.fixture(autouse=True)
