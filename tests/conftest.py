@@ -8,8 +8,8 @@ compute for minutes. Tests of several devices start processes with flags of thei
 trace caches, so each call of a small operation is traced and compiled anew: a test marked `caches` goes without it, and
 so do all of the packages that know arrays only, never a model, where no code of ours stands between JAX and a function.
 And at most traces it collects garbage and looks through every object that there is, so it is shown only what is newer
-than the test, which a tracer that leaks in it is. What was there before is frozen: the collector then does not see it, nor
-would the patcher, which asks the collector for the functions that a patch concerns; in its tests nothing is frozen.
+than the test, which a tracer that leaks in it is. What was there before is frozen: the collector then does not see it.
+Nor would the patcher, which asks the collector for the functions that a patch concerns; in its tests nothing is frozen.
 """
 
 import gc
