@@ -7,6 +7,8 @@ import pytest
 
 from interp_jax.models.loss import next_token_loss, next_token_losses
 
+pytestmark = pytest.mark.caches  # The leak checker would trace every small operation anew.
+
 
 def _reference(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     logits = logits[:, :-1].astype(np.float64)

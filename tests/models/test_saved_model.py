@@ -14,6 +14,8 @@ from interp_jax import whole_file
 from interp_jax.models.saved_model import is_saved_model, load, save
 from interp_jax.models.transformer import named_parameters
 
+pytestmark = pytest.mark.caches  # The leak checker would trace every small operation anew.
+
 
 @pytest.fixture(params=CONFIGS)
 def config(request):

@@ -219,6 +219,7 @@ def test_a_space_before_each_text(tmp_path):
     assert tokenizer.encode("") == []
 
 
+@pytest.mark.slow
 def test_gemma_s_ids():
     """Those of SentencePiece itself, run on the same pieces."""
     if installed_data.status("gemma3")[0].path is None:
