@@ -101,7 +101,7 @@ def test_saving(wrap, around):
 
 @wraps
 @arounds
-@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("edited", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gradient_of_an_objective_of_saved_values(wrap, around, edited):
     def objective(x):
         for layer, name, value in (running := ij.iterate(model)(x, wrap)):
