@@ -69,6 +69,7 @@ bench-models: $(VENV)-peers/.done ## our transformer beside PyTorch's and Flax's
 
 bench-sae: $(VENV)/.dev $(VENV)-saelens/.done $(VENV)-sparsify/.done ## training steps beside SAELens' and sparsify's
 	$(BIN)/python -W ignore -m benchmarks.sae
+	$(BIN)/python -W ignore -m benchmarks.sae.text_to_sae
 
 studies-sae: $(VENV)/.dev ## claims about training dictionaries, tried on the tiny model: numbers and figures of docs/dictionary_studies.md
 	for study in beta1 ghost test_time_l0; do $(BIN)/python -W ignore -m benchmarks.sae.studies $$study || exit; done

@@ -53,6 +53,7 @@ def main(folder: pathlib.Path) -> None:
             prepend_bos=False,
             training_tokens=n_tokens,
             train_batch_size_tokens=batch_size,
+            n_batches_in_buffer=2 * batch_size // context,
             lr=1e-3,
             adam_beta1=0.0,
             device=device,

@@ -66,7 +66,7 @@ def main() -> None:
             peer.close()
         total, stored, waited = ours(model, documents, sizes, folder)
     rows = [
-        Row(fX, "s", total, theirs, 1 / 2),
+        Row(f"text to a trained autoencoder, {sizes.tokens:,} tokens / SAELens' runner", "s", total, theirs, 1 / 2),
         Row("tokens to activations on disk / the whole", "s", stored, total),
         Row("waiting for data / training", "s", waited, total - stored, 0.05),
     ]
