@@ -52,6 +52,7 @@ def test_generate_continues_each_prompt():
     assert error.startswith("ValueError: The prompt '' has no token to continue from")
 
 
+@pytest.mark.slow
 def test_model_tells_what_it_is_and_finds_nans(tmp_path):
     text = run("model", "tiny", "--check").stdout
     assert "1,066,112; 0.0043 GB in float32" in text

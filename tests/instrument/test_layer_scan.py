@@ -152,7 +152,7 @@ def test_sites_may_stand_in_functions_inside_the_body(loop, wrap):
 
 
 @wraps
-@pytest.mark.parametrize("loop", [modify, save], ids=["modify", "save"])
+@pytest.mark.parametrize("loop", [modify, pytest.param(save, marks=pytest.mark.slow)], ids=["modify", "save"])
 def test_gradients_of_what_the_pass_gives(loop, wrap):
     def objective(fn, x, w):
         return sum((leaf.astype(jnp.float32) ** 2).sum() for leaf in jax.tree.leaves(loop(fn, x, w)))

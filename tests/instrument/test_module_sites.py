@@ -384,6 +384,7 @@ def test_classes_are_as_they_were_after_break_and_errors(model):
     assert is_clean()
 
 
+@pytest.mark.slow
 def test_the_loops_body_may_call_the_same_model_and_loop_over_it(model, variables):
     for each, args in [(model, (X,)), (LinenModel(), (variables, X))]:
         plain = each if each is model else each.apply

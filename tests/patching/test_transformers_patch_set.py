@@ -309,9 +309,9 @@ FAMILIES = {
         _opt_layer, _opt_ends,
     ),
 }  # fmt: skip
-# A third of them at every turn; the others are with the slow tests.
+# Two of them at every turn; the others are with the slow tests.
 IN_TURN = [
-    name if name in ("llama", "gpt2", "gptj") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+    name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
 ]
 MODULES = {each.module: f"transformers.models.{each.module}.modeling_flax_{each.module}" for each in FAMILIES.values()}
 ROTARY_BASES = ("llama", "mistral", "gemma")
