@@ -310,9 +310,7 @@ FAMILIES = {
     ),
 }  # fmt: skip
 # Two of them at every turn; the others are with the slow tests.
-IN_TURN = [
-    name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
-]
+IN_TURN = [name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 MODULES = {each.module: f"transformers.models.{each.module}.modeling_flax_{each.module}" for each in FAMILIES.values()}
 ROTARY_BASES = ("llama", "mistral", "gemma")
 
