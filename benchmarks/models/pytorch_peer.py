@@ -10,6 +10,8 @@ import numpy as np
 
 from benchmarks.peer_process import PeerProcess, serve
 from benchmarks.pytorch_device import exactly, peer_device, wait_for
+from benchmarks.pytorch_smollm2 import load_smollm2
+from benchmarks.smollm2_folder import write_smollm2
 
 
 class Peer:
@@ -24,6 +26,7 @@ class Peer:
         self._folder = tempfile.TemporaryDirectory()
         path = pathlib.Path(self._folder.name)
         np.save(path / "tokens.npy", tokens)
+        write_smollm2(path)
         self._process = PeerProcess(sys.executable, "benchmarks.models.pytorch_peer", str(path))
         self.threads = self._process.ask("threads")
 
@@ -51,18 +54,8 @@ class Peer:
 
 def _serve(folder: pathlib.Path) -> None:
     torch: Any = importlib.import_module("torch")
-    transformers: Any = importlib.import_module("transformers")
-    from interp_jax import installed_data
-    from interp_jax.models.gguf_model import GgufCheckpoint
-
     device = peer_device(torch)
-    checkpoint = GgufCheckpoint(installed_data.find("smollm2"))
-    fields = {key: value for key, value in checkpoint.fields.items() if key != "model_type" and value is not None}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
-    state = {name: torch.tensor(checkpoint.tensor(name)) for name in checkpoint.names}
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    model.to(device)
+    model = load_smollm2(folder, device)
     tokens = torch.tensor(np.load(folder / "tokens.npy"), device=device)
 
     def decode(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:

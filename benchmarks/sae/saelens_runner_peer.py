@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.peer_process import serve
 from benchmarks.pytorch_device import peer_device, wait_for
+from benchmarks.pytorch_smollm2 import load_smollm2
 
 
 def main(folder: pathlib.Path) -> None:
@@ -27,13 +28,9 @@ def main(folder: pathlib.Path) -> None:
     lens: Any = importlib.import_module("sae_lens")
     proxy: Any = importlib.import_module("sae_lens.load_model").HookedProxyLM
     logging_config: Any = importlib.import_module("sae_lens.config").LoggingConfig
-    load_file: Any = importlib.import_module("safetensors.torch").load_file
 
     device = peer_device(torch)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**json.loads((folder / "config.json").read_text())))
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    model.tie_weights()
-    model.eval().to(device)
+    model = load_smollm2(folder, device)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
     )

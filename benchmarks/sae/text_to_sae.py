@@ -56,7 +56,7 @@ def main() -> None:
     model = ij.load("smollm2")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        write_smollm2(folder, model.tokenizer)
+        write_smollm2(folder)
         (folder / "documents.json").write_text(json.dumps(documents))
         peer = PeerProcess(peer_python("saelens", sizes.peer_python), "benchmarks.sae.saelens_runner_peer", str(folder))
         try:

@@ -77,7 +77,7 @@ def peer_rows(model: LanguageModel, rounds: int, n_tokens: int, python: str) -> 
     vector, prompt = vector_of(model), list(range(100, 116))
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        write_smollm2(folder, model.tokenizer)
+        write_smollm2(folder)
         (folder / "layer.json").write_text(json.dumps(LAYER))
         np.save(folder / "direction.npy", vector.direction)
         peer = PeerProcess(python, "benchmarks.steering.repeng_peer", str(folder))

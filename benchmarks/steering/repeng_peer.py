@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.peer_process import serve
 from benchmarks.pytorch_device import peer_device
+from benchmarks.pytorch_smollm2 import load_smollm2
 
 
 def main(folder: pathlib.Path) -> None:
@@ -19,18 +20,11 @@ def main(folder: pathlib.Path) -> None:
         folder: SmolLM2's, and `layer.json` and `direction.npy`.
     """
     torch: Any = importlib.import_module("torch")
-    transformers: Any = importlib.import_module("transformers")
     repeng: Any = importlib.import_module("repeng")
-    load_file: Any = importlib.import_module("safetensors.torch").load_file
 
     device = peer_device(torch)
-    fields = json.loads((folder / "config.json").read_text())
     layer = json.loads((folder / "layer.json").read_text())
-    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
-    plain.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    plain.tie_weights()
-    plain.to(device)
-    model = repeng.ControlModel(plain, [layer])
+    model = repeng.ControlModel(load_smollm2(folder, device), [layer])
     vector = repeng.ControlVector("llama", {layer: np.load(folder / "direction.npy")})
 
     def decode(prompts: list[list[int]], n_tokens: int, coefficient: float) -> list[list[int]]:

@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import threading
 import warnings
@@ -366,7 +367,7 @@ class ActivationStore:
             From a step to `[batch, d_in]`: an array of NumPy's, or on the device one of JAX's.
 
         Raises:
-            ValueError: if there are fewer rows than a batch, or a number occurs twice.
+            ValueError: if there are fewer rows than a batch, a number occurs twice, or the device has no room.
             IndexError: if a number is out of range.
         """
         kept = None if among is None else self._where_they_lie(np.asarray(among))
@@ -409,14 +410,16 @@ class ActivationStore:
         if on_device:
             rows = self._all_on_device(starts, sizes)
 
+            @functools.lru_cache(maxsize=2)
+            def places(epoch: int, number: int) -> np.ndarray:
+                """Where the rows lie that are held together, in their order."""
+                chunks, which = mixed(epoch, number)
+                return np.concatenate([int(starts[c]) + np.arange(int(sizes[c])) for c in chunks])[which]
+
             def gathered(step: int) -> Float[Array, "batch d_in"]:
-                places = []
                 with one_at_a_time:
-                    for epoch, number, some in parts(step):
-                        chunks, which = mixed(epoch, number)
-                        lying = np.concatenate([int(starts[c]) + np.arange(int(sizes[c])) for c in chunks])
-                        places.append(lying[which[some]])
-                return _rows_at(rows, jnp.asarray(np.concatenate(places), jnp.int32))
+                    chosen = np.concatenate([places(epoch, number)[some] for epoch, number, some in parts(step)])
+                return _rows_at(rows, jnp.asarray(chosen, jnp.int32))
 
             return gathered
 
@@ -445,12 +448,17 @@ class ActivationStore:
 
     def fits_on_device(self) -> bool:
         """Whether an accelerator is JAX's default device, with room for all rows in a quarter of its memory."""
-        device = jax.local_devices()[0]
-        room = (device.memory_stats() or {}).get("bytes_limit", 0)
-        return device.platform != "cpu" and self.n_rows * self._row_bytes <= room / 4
+        room = _device_memory()
+        return jax.default_backend() != "cpu" and math.isfinite(room) and self.n_rows * self._row_bytes <= room / 4
 
     def _all_on_device(self, starts: Int[np.ndarray, "chunks"], sizes: Int[np.ndarray, "chunks"]) -> Array:
         """All rows, as they lie, `[rows, d_in]`."""
+        needed, room = self.n_rows * self._row_bytes, _device_memory()
+        if needed > room:
+            raise ValueError(
+                f"{self.storage} holds {needed / 1e9:.1f} GB and the device {room / 1e9:.1f} GB: leave on_device out, "
+                "and batches are read from the disk."
+            )
         rows = np.empty((self.n_rows, self.d_in), self._numpy_dtype)
         with working(f"Reading {self.n_rows:,} activations, {rows.nbytes / 1e9:.1f} GB"):
             self._read_chunks(np.arange(len(starts)), starts, sizes, rows)
@@ -554,6 +562,11 @@ class ActivationStore:
                 return shards[:number]
         self._finished[part] = bool(manifest["finished"])
         return shards
+
+
+def _device_memory() -> float:
+    """Bytes that JAX may use of its first device; without limit where it does not say, as on a CPU."""
+    return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
 
 
 @jax.jit

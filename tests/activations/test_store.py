@@ -136,6 +136,14 @@ def test_batches_taken_on_the_device_are_those_read_from_the_disk(tmp_path, smal
     assert not store.fits_on_device()  # tests run on a CPU, whose memory is the host's
 
 
+def test_a_store_for_which_the_device_has_no_room_is_told(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    store.extend(batches(), shard_rows=20)
+    monkeypatch.setattr(store_module, "_device_memory", lambda: 1000.0)  # of a small accelerator; a CPU names none
+    with pytest.raises(ValueError, match="leave on_device out"):
+        store.shuffled(5, on_device=True)
+
+
 def test_a_batch_seldom_holds_two_tokens_of_one_prompt(tmp_path, monkeypatch):
     # 64 prompts of 32 tokens in shards of 8 prompts, chunks of 16 rows, an eighth of the store held at a time.
     monkeypatch.setattr(store_module, "_CHUNK_BYTES", 64)

@@ -125,7 +125,8 @@ def test_a_model_of_other_code_that_scans_over_its_layers_has_latents_too():
     scanned = dataclasses.replace(model, forward=_of_a_box, params={"model": stacked(model.params)})
     pair = pair_of(*np.asarray(small_tokens()), 3, 11)
     found, expected = (atp(with_latents(each, saes), pair, latent_nodes(saes)) for each in (scanned, model))
-    np.testing.assert_allclose(found.flat, expected.flat, rtol=1e-4, atol=1e-5)
+    # A scan and a Python loop round the sums of gradients differently.
+    np.testing.assert_allclose(found.flat, expected.flat, rtol=0, atol=1e-5 * np.abs(expected.flat).max())
 
 
 def _of_a_box(params, tokens):

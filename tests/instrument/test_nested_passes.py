@@ -27,7 +27,7 @@ class Left(Exception):
 class Callbacks:
     """A pass by hand: what it saves, and what is done at a site."""
 
-    around: "list[Callbacks]" = []  # noqa: RUF012
+    around: "tuple[Callbacks, ...]" = ()
 
     def __init__(self, does, sites):
         self.does, self.sites, self.saved = does, sites, {}
@@ -51,7 +51,7 @@ class Callbacks:
 
 def looped_by_hand(fn, does, *args, sites=None):
     running, around = Callbacks(does, sites), Callbacks.around
-    Callbacks.around = [*around, running]
+    Callbacks.around = (*around, running)
     try:
         return fn(*args), running.saved
     except Left as error:

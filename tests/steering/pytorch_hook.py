@@ -12,6 +12,7 @@ import tempfile
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
+# pytest may not have been among the models' tests yet, and a script never was: hence an import that is not at the top.
 sys.path.insert(0, str(HERE.parent / "models"))
 import pytorch_reference  # noqa: E402
 
