@@ -221,9 +221,21 @@ def _times(x: Array, weight: Array, axes: int = 1) -> Array:
     """The last axes of `x[*rows, *inputs]` times the first of `weight[*inputs, *outputs]`, in the dtype of `x`."""
     weight = weight.astype(x.dtype)
     rows, inputs, outputs = x.shape[:-axes], x.shape[-axes:], weight.shape[axes:]
-    if math.prod(rows) > 1 or math.prod(inputs) % 2:
-        return jnp.tensordot(x, weight, axes)
-    return _row_times(x.reshape(-1), weight.reshape(math.prod(inputs), -1)).reshape(*rows, *outputs)
+    if math.prod(rows) == 1 and math.prod(inputs) % 2 == 0:
+        return _row_times(x.reshape(-1), weight.reshape(math.prod(inputs), -1)).reshape(*rows, *outputs)
+    if weight.ndim == 2:
+        return x @ weight
+    return _rows_times(x.reshape(*rows, -1), weight, axes).reshape(*rows, *outputs)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _rows_times(x: Float[Array, "*rows d_in"], weight: Array, axes: int) -> Float[Array, "*rows d_out"]:
+    """The same with the heads of each side as one axis.
+
+    A sum over two axes of a matrix, which a backward pass would ask for, XLA transposes the matrix for on a CPU. Under
+    `checkpoint` the backward pass keeps the weights as they lie in their stack, and no matrices made of them.
+    """
+    return x @ weight.reshape(math.prod(weight.shape[:axes]), -1)
 
 
 @functools.partial(jax.jit, inline=True)  # One function for every eager call, or each would compile its branches anew.
