@@ -22,7 +22,7 @@ from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.progress import advancing, working
 from interp_jax.report.attribution_page import attribution_page
-from interp_jax.report.heat_map import HeatMap, as_png
+from interp_jax.report.heat_map import HeatMap, heat_map_picture
 from interp_jax.whole_file import write_whole
 
 __all__ = ["Method", "run"]
@@ -87,7 +87,7 @@ def run(
         "tokens": list(zip(pair.labels, pair.corrupted_labels, strict=True)),
     }
     for heat_map in heat_maps:
-        write_whole(out / f"heat_map_{heat_map.axis}.png", as_png(heat_map))
+        heat_map_picture(heat_map).save(out / f"heat_map_{heat_map.axis}.png")
     facts = {"setting": setting, "by": effects.families[0].by, "layers": effects.families[0].layers}
     facts |= {"effects": effects.values_of[0].tolist()}
     write_whole(out / "attribution.json", json.dumps(facts, indent=1))
@@ -136,15 +136,4 @@ def _metric(pair: PromptPair, model: LanguageModel) -> str:
 def _heat_maps(effects: Effects, site: str) -> list[HeatMap]:
     """One for each axis that tells nodes apart and has a place in a picture."""
     (family,) = effects.families
-    found = []
-    for axis in ("position", "head"):
-        if axis not in family.by:
-            continue
-        columns = [str(place) for place in range(family.by_shape[family.by.index(axis)])]
-        if axis == "position" and effects.labels is not None:
-            columns = list(effects.labels)
-        summed = [other for other in family.by if other != axis]
-        title = f"Effect of {site} by layer and {axis}" + (f", summed over {' and '.join(summed)}" if summed else "")
-        layers = tuple("-" if layer is None else str(layer) for layer in family.layers)
-        found.append(HeatMap(title, effects.grid(site, axis), layers, tuple(columns), axis))
-    return found
+    return [HeatMap.of(effects, site, axis) for axis in ("position", "head") if axis in family.by]

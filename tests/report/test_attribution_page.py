@@ -6,7 +6,7 @@ import matplotlib.image
 import numpy as np
 
 from interp_jax.report.attribution_page import attribution_page
-from interp_jax.report.heat_map import HeatMap, as_png
+from interp_jax.report.heat_map import HeatMap, heat_map_picture
 
 VALUES = np.array([[0.0, -4.0, 2.0], [0.01, 1.0, -0.5]])
 
@@ -47,7 +47,7 @@ def test_the_picture_is_centred_at_zero():
     """With one positive column and one negative column, red and blue are there; with zeros alone, neither is."""
 
     def colours(values):
-        picture = matplotlib.image.imread(io.BytesIO(as_png(heat_map(values))))
+        picture = matplotlib.image.imread(io.BytesIO(heat_map_picture(heat_map(values)).content))
         left = picture[:, : picture.shape[1] * 7 // 10, :3].reshape(-1, 3)  # without the scale at the right
         return (left[:, 0] - left[:, 2] > 0.2).mean(), (left[:, 2] - left[:, 0] > 0.2).mean()
 
