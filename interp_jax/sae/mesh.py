@@ -49,7 +49,7 @@ LATENT = "latent"
 WEIGHTS = (P(None, LATENT), P(LATENT), P(LATENT, None), P())
 """Where W_enc, b_enc, W_dec and the input's shift lie: what the sparse derivatives are taken by."""
 
-_ONE_A_LATENT = ("idle", "firings", "frequency")
+_ONE_A_LATENT = ("idle", "began", "firings", "frequency")
 """What a training state counts of each latent."""
 
 

@@ -32,7 +32,7 @@ from interp_jax.sae.ghost import ghost_loss
 from interp_jax.sae.jumprelu import JumpReLUSAE
 from interp_jax.sae.matryoshka import MatryoshkaSAE
 from interp_jax.sae.relu import ReLUSAE
-from interp_jax.sae.resample import N_LAZY, longest_dead, resample
+from interp_jax.sae.resample import N_LAZY, as_if_new, longest_dead, resample
 from interp_jax.sae.topk import TopKSAE
 from interp_jax.sae.train_config import TrainConfig
 from interp_jax.sae.unit_norm import inside, tangent, to_norm_at_most_one, to_unit_norm
@@ -64,7 +64,7 @@ class Knobs:
     """Data of a random key: it makes the first directions, and each step folds its number in."""
 
 
-@_pytree("sae", "moments", "idle", "window", "scales", "knobs")
+@_pytree("sae", "moments", "idle", "began", "window", "scales", "knobs")
 @dataclasses.dataclass
 class TrainState:
     """All that a run changes as it goes on. A pytree: its leaves may also be the shapes of arrays."""
@@ -75,6 +75,8 @@ class TrainState:
     """Adam's state."""
     idle: Any
     """int32 [d_sae]: rows since each latent was last active."""
+    began: Any
+    """int32 [d_sae]: steps that were done when each latent last started again; 0 where it never did."""
     window: Any
     """The `FiringWindow`."""
     scales: Any
@@ -161,6 +163,7 @@ def initial_state(config: TrainConfig, batch: Any, knobs: Knobs | None = None) -
         sae=sae,
         moments=_optimiser(config).init(cast(Any, sae)),
         idle=jnp.zeros(n, jnp.int32),
+        began=jnp.zeros(n, jnp.int32),
         window=FiringWindow(jnp.int32(0), jnp.zeros(n, jnp.int32), jnp.ones(n)),
         scales=(input_scale, output_scale),
         knobs=knobs,
@@ -210,13 +213,26 @@ def step(
     elif config.decoder_norm == "at_most_one":
         gradient = gradient.replace(W_dec=inside(gradient.W_dec[...], sae.W_dec[...]))
     updates, moments = _optimiser(config).update(cast(Any, gradient), state.moments)
+    if config.restarts:
+        updates = as_if_new(cast(Any, updates), state.began, number + 1, beta1=config.beta1, beta2=config.beta2)
     rate = _learning_rate(config, state.knobs.learning_rate, number)
     sae = jax.tree.map(lambda weight, update: weight - rate * update, sae, updates)
     if isinstance(sae, BatchTopKSAE):
         kept = sae.threshold[...]
         followed = jnp.where(number > 0, kept + _THRESHOLD_RATE * (outcome.threshold - kept), outcome.threshold)
         sae = sae.replace(threshold=followed)
-    sae, moments, idle = _restarted(config, sae, moments, x, target, row_weights, outcome, idle, is_dead, state, number)
+    began = state.began
+    if config.restarts:
+        chosen = _to_restart(config, idle, is_dead, len(x), number)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.knobs.key), number + 1)
+        errors = row_weights * jnp.sum(jnp.square(outcome.error), axis=1)
+
+        def again(sae: SparseAutoencoder, moments: Any) -> tuple[SparseAutoencoder, Any]:
+            return resample(sae, moments, chosen, is_dead, x, target, errors, key=key)
+
+        sae, moments = jax.lax.cond(jnp.any(chosen), again, lambda sae, moments: (sae, moments), sae, moments)
+        idle = jnp.where(chosen, 0, idle)
+        began = jnp.where(chosen, jnp.asarray(number, jnp.int32) + 1, began)
     if config.decoder_norm == "unit":
         sae = sae.replace(W_dec=to_unit_norm(sae.W_dec[...]))
     elif config.decoder_norm == "at_most_one":
@@ -235,7 +251,7 @@ def step(
         "revival": revival,
         "learning_rate": rate,
     }
-    after = TrainState(sae, moments, idle, window, state.scales, state.knobs)
+    after = TrainState(sae, moments, idle, began, window, state.scales, state.knobs)
     return after, jnp.stack([metrics[name] for name in METRICS])
 
 
@@ -322,36 +338,20 @@ def _revived(
     return gradient, jnp.zeros(())
 
 
-def _restarted(
+def _to_restart(
     config: TrainConfig,
-    sae: SparseAutoencoder,
-    moments: Any,
-    x: Array,
-    target: Array,
-    row_weights: Array,
-    outcome: Outcome,
-    idle: Array,
-    is_dead: Array,
-    state: TrainState,
+    idle: Int[Array, "d_sae"],
+    is_dead: Bool[Array, "d_sae"],
+    n_rows: int,
     number: Array | int,
-) -> tuple[SparseAutoencoder, Any, Array]:
-    """Dead latents started again, where that is what is done about them."""
+) -> Bool[Array, "d_sae"]:
+    """Which latents start again after this step: no more than there are rows to draw from."""
     if config.revival == "resample":
         chosen = is_dead & ((jnp.asarray(number) + 1) % config.resample_every == 0)
-    elif config.revival == "lazy":
-        chosen = longest_dead(idle, is_dead, N_LAZY)
     else:
-        return sae, moments, idle
+        chosen = longest_dead(idle, is_dead, N_LAZY)
     is_early = jnp.asarray(number) + 1 < config.n_steps - config.decay_share * config.n_steps
-    chosen = chosen & is_early & (jnp.cumsum(chosen) <= len(x))
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.knobs.key), number + 1)
-    errors = row_weights * jnp.sum(jnp.square(outcome.error), axis=1)
-
-    def again(sae: SparseAutoencoder, moments: Any) -> tuple[SparseAutoencoder, Any]:
-        return resample(sae, moments, chosen, x, target, errors, key=key)
-
-    sae, moments = jax.lax.cond(jnp.any(chosen), again, lambda sae, moments: (sae, moments), sae, moments)
-    return sae, moments, jnp.where(chosen, 0, idle)
+    return chosen & is_early & (jnp.cumsum(chosen) <= n_rows)
 
 
 def _counted(config: TrainConfig, window: FiringWindow, firings: Array, n_rows: int) -> FiringWindow:

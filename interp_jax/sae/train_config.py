@@ -151,6 +151,11 @@ class TrainConfig:
         return "auxiliary_k" if self.fixes_l0 else "lazy"
 
     @property
+    def restarts(self) -> bool:
+        """Whether dead latents are started again."""
+        return self.revival in ("resample", "lazy")
+
+    @property
     def sparsity_coefficient(self) -> float:
         """The coefficient of the penalty that this architecture has; zero where k sets the L0."""
         return {"relu": self.l1_coefficient, "gated": self.l1_coefficient, "jumprelu": self.l0_coefficient}.get(

@@ -12,7 +12,7 @@ from interp_jax.sae import GatedSAE, JumpReLUSAE, ReLUSAE, TopKSAE, TrainConfig
 from interp_jax.sae.auxiliary_k import auxiliary_loss
 from interp_jax.sae.dead_latents import DeadLatents, add_gradient_of_dead
 from interp_jax.sae.ghost import ghost_loss
-from interp_jax.sae.resample import longest_dead, resample
+from interp_jax.sae.resample import as_if_new, longest_dead, resample
 from interp_jax.sae.step import METRICS, initial_state, step
 from interp_jax.sae.superposition import random_directions, superposed
 from interp_jax.sae.unit_norm import inside, tangent, to_norm_at_most_one, to_unit_norm
@@ -130,13 +130,14 @@ def test_resampled_latents_point_at_badly_reconstructed_inputs(kind):
     make = {"relu": ReLUSAE, "gated": GatedSAE, "jumprelu": functools.partial(JumpReLUSAE.random, threshold=0.5)}[kind]
     sae = (make if kind == "jumprelu" else make.random)(8, D_SAE, key=jax.random.key(0))
     is_chosen = jnp.arange(D_SAE) % 2 == 0
+    is_dead = is_chosen.at[1].set(True)  # one more, which waits
     if kind == "jumprelu":
-        sae = sae.replace(threshold=jnp.where(is_chosen, 9.0, 0.25))
+        sae = sae.replace(threshold=jnp.where(is_dead, 9.0, 0.25))
     moments = optax.scale_by_adam().init(sae)
     moments = jax.tree.map(jnp.ones_like, moments)
     errors = jnp.where(jnp.arange(50) < 3, 5.0, 1e-4)  # three rows are far worse than the rest
     new, new_moments = jax.jit(functools.partial(resample, key=jax.random.key(3)))(
-        sae, moments, is_chosen, X, X, errors
+        sae, moments, is_chosen, is_dead, X, X, errors
     )
     directions = np.asarray(X / jnp.linalg.norm(X, axis=1, keepdims=True))
     rows = np.asarray(new.W_dec[...])
@@ -149,13 +150,54 @@ def test_resampled_latents_point_at_badly_reconstructed_inputs(kind):
     for name in ("W_dec", *sae.per_latent):
         np.testing.assert_array_equal(new.parameter(name)[1::2], sae.parameter(name)[1::2])
     if kind == "jumprelu":
-        np.testing.assert_allclose(new.threshold[...], 0.25)
+        np.testing.assert_allclose(new.threshold[1], 9.0)
+        np.testing.assert_allclose(np.delete(new.threshold[...], 1), 0.25)
     for part in (new_moments.mu, new_moments.nu):
         assert (part.W_dec[::2] == 0).all()
         assert (part.W_dec[1::2] == 1).all()
         assert (part.W_enc[:, ::2] == 0).all()
         assert (part.W_enc[:, 1::2] == 1).all()
         assert (part.b_dec[...] == 1).all()
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_updates_of_a_latent_that_starts_again_are_those_of_a_run_that_begins_then(beta1):
+    keys = jax.random.split(jax.random.key(7), 12)
+    gradients = [jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), relu_sae()) for key in keys]
+    adam = optax.scale_by_adam(beta1, 0.999, eps=0)
+    began = jnp.where(jnp.arange(D_SAE) < 3, 9, 0)
+    old, new = adam.init(gradients[0]), adam.init(gradients[0])
+    for n_steps, gradient in enumerate(gradients, 1):
+        updates, old = adam.update(gradient, old)
+        found = as_if_new(updates, began, n_steps, beta1=beta1, beta2=0.999)
+        if n_steps > 9:
+            expected, new = adam.update(gradient, new)
+            np.testing.assert_allclose(found.W_enc[:, :3], expected.W_enc[:, :3], rtol=1e-3)
+            np.testing.assert_allclose(found.b_enc[:3], expected.b_enc[:3], rtol=1e-3)
+            np.testing.assert_allclose(found.W_dec[:3], expected.W_dec[:3], rtol=1e-3)
+            np.testing.assert_array_equal(found.W_dec[3:], updates.W_dec[3:])
+            np.testing.assert_array_equal(found.b_dec[...], updates.b_dec[...])
+        if n_steps == 9:
+            old = jax.tree.map(jnp.zeros_like, old)._replace(count=old.count)
+
+
+@pytest.mark.caches
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_latent_that_starts_again_keeps_its_direction(beta1):
+    """Its first steps are as long as the learning rate says, however long the run has been going."""
+    options = {"dead_after": 1, "dead_latents": "resample", "resample_every": 1000, "l1_coefficient": 1.0}
+    config = TrainConfig(40, 64, "relu", n_steps=5000, learning_rate=1e-2, beta1=beta1, **options)
+    state = initial_state(config, toy(0))
+    is_dead = jnp.arange(64) < 8
+    state.sae = state.sae.replace(b_enc=jnp.where(is_dead, -100.0, 0.0))
+    state.moments = jax.tree.map(jnp.ones_like, state.moments)._replace(count=jnp.int32(2999))
+    run = jax.jit(functools.partial(step, config))
+    begun, _ = run(state, toy(1), 2999)
+    np.testing.assert_array_equal(begun.began, jnp.where(is_dead, 3000, 0))
+    after, _ = run(begun, toy(2), 3000)
+    cosines = jnp.sum(begun.sae.W_dec * after.sae.W_dec, axis=1)
+    assert float(cosines[:8].min()) > 0.95
+    np.testing.assert_allclose(jnp.abs(after.sae.b_enc[:8]), config.learning_rate, rtol=1e-2)
 
 
 @pytest.mark.caches
