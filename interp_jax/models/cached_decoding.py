@@ -130,11 +130,13 @@ def _instrumented(
 
     def run(*args: Any) -> tuple[Any, SiteValues]:
         names: set[str] = set()
+        numbers: set[int | None] = set()
         # With something to fetch, all of them: what is fetched need not be among the sites of the intervention.
         seen = (None, None) if fetch_sites else (sites, layers)
         for activation in (running := iterate(function, sites=seen[0], layers=seen[1])(*args)):
             layer, name, value = activation
             names.add(name)
+            numbers.add(layer)
             is_acted_on = (sites is None or name in sites) and (layers is None or layer in layers)
             new = intervention(activation, place) if is_acted_on else None
             if new is not None:
@@ -144,6 +146,13 @@ def _instrumented(
         if not set(fetch_sites) <= names:
             raise SiteError(
                 f"fetch_sites={fetch_sites} are not all there; the model's sites are {', '.join(sorted(names))}"
+            )
+        absent = [layer for layer in fetch_layers or () if fetch_sites and layer not in numbers]
+        if absent or (fetch_sites and not running.saved):
+            last = max(number for number in numbers if number is not None)
+            raise SiteError(
+                f"fetch_layers={fetch_layers}: none of {', '.join(fetch_sites)} stands in {absent or fetch_layers}; "
+                f"layers are 0 to {last}, and None for the sites of no layer"
             )
         return running.retval, SiteValues(running.saved)
 

@@ -48,7 +48,7 @@ def checked_settings(
         raise ValueError(f"top_k={top_k}; it must be from 1 to the vocabulary's {vocab}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}; it must be above 0 and at most 1.")
-    wrong = [stop for stop in stop_tokens if not 0 <= stop < vocab]
+    wrong = [stop for stop in stop_tokens if not (isinstance(stop, int | np.integer) and 0 <= stop < vocab)]
     if wrong:
         raise ValueError(f"stop_tokens holds {wrong}; the model's tokens are 0 to {vocab - 1}.")
     return Settings(
@@ -87,7 +87,7 @@ def checked_rows(
 ) -> list[Any]:
     """The rows as arrays."""
     vocab_size, context = _limits(model)
-    rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
+    rows = [_ids(i, prompt) for i, prompt in enumerate(prompts)]
     if not rows:
         raise ValueError("There are no prompts.")
     if max_new_tokens < 1:
@@ -104,6 +104,18 @@ def checked_rows(
                 f"{context}. Shorten the prompt or lower max_new_tokens."
             )
     return rows
+
+
+def _ids(i: int, prompt: Any) -> np.ndarray:
+    """A row as an array of whole numbers; an empty one has no dtype of its own."""
+    row = np.asarray(prompt)
+    if row.ndim != 1:
+        raise ValueError(
+            f"Prompt {i} has shape {row.shape}; prompts are texts, or a list of ids for each row: [[5, 7], [9]]."
+        )
+    if row.size and not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(f"Prompt {i} holds {row.dtype} values; token ids are whole numbers.")
+    return row.astype(np.int64)
 
 
 def padded(

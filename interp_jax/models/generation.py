@@ -118,6 +118,11 @@ def generate(
     settings = checked_settings(temperature, top_k, top_p, key, stop_tokens, vocab_size)
     if where not in ("prompt", "generated", "both"):
         raise ValueError(f"where={where!r}; it must be 'prompt', 'generated' or 'both'.")
+    if interventions is not None and not callable(interventions):
+        raise ValueError(
+            f"interventions is a {type(interventions).__name__}; it must be one function from an Activation to its new "
+            "value or None."
+        )
     if isinstance(interventions, Partial):
         placed = Partial(_Unplaced(interventions.func), *interventions.args, **interventions.keywords)
     else:

@@ -72,6 +72,13 @@ _GPT_NEOX = {
 }
 
 
+# Settings that do not change the computation: at all, or at this value.
+_SAYS_NOTHING = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
+_OFF = {
+    "attention.causal": True, "attention.scale": 0.0, "attention.max_alibi_bias": 0.0, "attention.clamp_kqv": 0.0,
+    "expert_count": 0, "expert_used_count": 0, "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0,
+}  # fmt: skip
+
 _FREQUENCY_DIVISORS = "rope_freqs.weight"  # No weight: what each rotary frequency is divided by.
 
 
@@ -104,6 +111,7 @@ class GgufCheckpoint:
                 f"{self.file.path} is of the architecture {self.name!r}; known are {', '.join(_ARCHITECTURES)}."
             )
         self._architecture = _ARCHITECTURES[self.name]
+        self._read: set[str] = set()
         self._stored = {self._theirs(name): name for name in self.file.shapes if name != _FREQUENCY_DIVISORS}
 
     @property
@@ -123,6 +131,7 @@ class GgufCheckpoint:
 
     def value(self, key: str, default: Any = None) -> Any:
         """A metadata value of the architecture; an error if it is not there and there is no default."""
+        self._read.add(key)
         if default is None:
             return self.file.require(f"{self.name}.{key}")
         return self.file.metadata.get(f"{self.name}.{key}", default)
@@ -150,7 +159,29 @@ class GgufCheckpoint:
         else:
             epsilon = self.value("attention.layer_norm_rms_epsilon")
         fields |= {"rms_norm_eps": epsilon, "layer_norm_epsilon": epsilon, "layer_norm_eps": epsilon}
-        return fields | self._special_fields(d_head)
+        fields |= self._special_fields(d_head)
+        widths = ["attention.value_length", *([] if self.name == "gptneox" else ["rope.dimension_count"])]
+        for key in widths:
+            if self.value(key, d_head) != d_head:
+                raise ValueError(
+                    f"{self.path} has {key}={self.value(key)}; only a head's width, {d_head}, is supported."
+                )
+        self._refuse_what_was_not_read()
+        return fields
+
+    def _refuse_what_was_not_read(self) -> None:
+        """Settings that may change the computation, and that nothing here has looked at."""
+        start = f"{self.name}."
+        settings = {k.removeprefix(start): v for k, v in self.file.metadata.items() if k.startswith(start)}
+        unread = [
+            f"{key}={value}" for key, value in settings.items()
+            if key not in self._read and key not in _SAYS_NOTHING and (key not in _OFF or value != _OFF[key])
+        ]  # fmt: skip
+        if unread:
+            raise ValueError(
+                f"{self.path} has settings that are not known for the architecture {self.name!r}, and that may change "
+                f"what the model computes: {', '.join(unread)[:500]}."
+            )
 
     def _special_fields(self, d_head: int) -> dict[str, Any]:
         match self.name:
@@ -168,14 +199,27 @@ class GgufCheckpoint:
                 scalar = self._query_scalar(d_head, n_layers_of_largest=46)
                 return {
                     "sliding_window": self.value("attention.sliding_window", 4096), "query_pre_attn_scalar": scalar,
+                    "layer_types": self._layer_types(2),
                     "attn_logit_softcapping": self.value("attn_logit_softcapping", 50.0),
                     "final_logit_softcapping": self.value("final_logit_softcapping", 30.0),
                 }  # fmt: skip
             case "gemma3":
                 scalar = self._query_scalar(d_head, n_layers_of_largest=62)
-                return {"sliding_window": self.value("attention.sliding_window"), "query_pre_attn_scalar": scalar}
+                return {
+                    "sliding_window": self.value("attention.sliding_window"), "query_pre_attn_scalar": scalar,
+                    "layer_types": self._layer_types(6),
+                    "rope_local_base_freq": self.value("rope.freq_base_swa", 10000.0),
+                    "final_logit_softcapping": self.value("final_logit_softcapping", 0.0) or None,
+                }  # fmt: skip
             case _:
                 return {}
+
+    def _layer_types(self, usual: int) -> list[str]:
+        """Which layers are local, by the file or as is usual: the last of so many is not. 0 means all of them."""
+        pattern, n_layers = self.value("attention.sliding_window_pattern", usual), self.value("block_count")
+        if not isinstance(pattern, list):
+            pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(n_layers)]
+        return ["sliding_attention" if is_local else "full_attention" for is_local in pattern]
 
     def _query_scalar(self, d_head: int, *, n_layers_of_largest: int) -> int:
         """What q is divided by the root of. The file does not say: a head's width, but for the largest of a family."""
@@ -184,14 +228,16 @@ class GgufCheckpoint:
         return self.value("embedding_length") // self.value("attention.head_count")
 
     def _rope_scaling(self) -> dict[str, Any] | None:
+        factor, kind = self.value("rope.scaling.factor", 0.0), self.value("rope.scaling.type", "")
+        context = self.value("rope.scaling.original_context_length", 0)
         if _FREQUENCY_DIVISORS in self.file.shapes:  # Llama 3.1's scaling, worked out for each frequency.
             return {"rope_type": "each", "divisors": self.file.tensor(_FREQUENCY_DIVISORS).tolist()}
-        kind = self.value("rope.scaling.type", "none")
+        kind = kind or ("linear" if factor else "none")  # As llama.cpp reads a factor alone.
         if kind == "none":
             return None
-        scaling = {"rope_type": kind, "factor": self.value("rope.scaling.factor")}
+        scaling = {"rope_type": kind, "factor": factor or self.value("rope.scaling.factor")}
         if kind == "yarn":
-            scaling["original_max_position_embeddings"] = self.value("rope.scaling.original_context_length")
+            scaling["original_max_position_embeddings"] = context or self.value("rope.scaling.original_context_length")
         elif kind != "linear":
             raise ValueError(
                 f"{self.path} scales its rotary positions by {kind!r}; supported in GGUF are 'linear' and 'yarn'."

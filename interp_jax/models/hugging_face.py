@@ -48,6 +48,7 @@ def config_from_hugging_face(fields: Fields) -> TransformerConfig:
         ValueError: The family is not known, a field is missing, or a field asks for what `Transformer` does not do.
     """
     fields = _text_part(fields)
+    _refuse_quantized(fields)
     try:
         return _family(fields)[0](fields)
     except KeyError as error:
@@ -57,9 +58,10 @@ def config_from_hugging_face(fields: Fields) -> TransformerConfig:
 def _text_part(fields: Fields) -> Fields:
     """The language model's config, where it is one part of several (Gemma 3 with vision)."""
     text = fields.get("text_config")
-    return (
-        {"tie_word_embeddings": fields.get("tie_word_embeddings", True), **text} if isinstance(text, dict) else fields
-    )
+    if not isinstance(text, dict):
+        return fields
+    of_all = {name: fields[name] for name in ("tie_word_embeddings", "quantization_config") if name in fields}
+    return of_all | text
 
 
 def _family(
@@ -82,6 +84,16 @@ def _refuse(fields: Fields, **only: Any) -> None:
     for name, value in only.items():
         if fields.get(name, value) not in (value, None):
             raise ValueError(f"The config says {name}={fields[name]!r}; only {value!r} is supported.")
+
+
+def _refuse_quantized(fields: Fields) -> None:
+    quantized = fields.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(
+            f"The config says that the weights are quantized ({method!r}). Quantized weights are read from GGUF files "
+            "only: take one of those, or the model's unquantized weights."
+        )
 
 
 def _rotary(fields: Fields, layer_type: str = "full_attention", default_base: float = 10000.0) -> dict[str, Any]:
@@ -132,12 +144,21 @@ def _yarn_attention_factor(scaling: Fields) -> float:
 def _local_layers(fields: Fields, is_local: Callable[[int], bool]) -> tuple[bool, ...]:
     types = fields.get("layer_types")
     if types is not None:
+        unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+        if unknown:
+            raise ValueError(
+                f"The config's layer_types hold {', '.join(unknown)}; supported are full_attention and "
+                "sliding_attention."
+            )
         return tuple(each == "sliding_attention" for each in types)
     return tuple(is_local(layer) for layer in range(fields["num_hidden_layers"]))
 
 
 def _llama(fields: Fields, **more: Any) -> TransformerConfig:
     """Llama, and what the families after it have in common with it."""
+    tables = fields.get("rope_parameters") or {}
+    for table in (fields, tables, *(each for each in tables.values() if isinstance(each, dict))):
+        _refuse(table, partial_rotary_factor=1.0)
     n_heads = fields["num_attention_heads"]
     common: dict[str, Any] = {
         "vocab_size": fields["vocab_size"], "d_model": fields["hidden_size"], "n_layers": fields["num_hidden_layers"],
@@ -151,7 +172,6 @@ def _llama(fields: Fields, **more: Any) -> TransformerConfig:
 
 
 def _llama_itself(fields: Fields) -> TransformerConfig:
-    _refuse(fields, pretraining_tp=1)
     has_bias = bool(fields.get("attention_bias"))
     return _llama(fields, qkv_bias=has_bias, attn_out_bias=has_bias, mlp_bias=bool(fields.get("mlp_bias")))
 
@@ -179,14 +199,14 @@ def _qwen3(fields: Fields) -> TransformerConfig:
 
 
 def _gemma(fields: Fields, **more: Any) -> TransformerConfig:
-    _refuse(fields, attention_bias=False)
+    has_bias = bool(fields.get("attention_bias"))
     activation = fields.get("hidden_activation") or "gelu_pytorch_tanh"
     if fields["model_type"] == "gemma" and _is_since(fields, 4, 48):
         # Before that, `hidden_act` was ignored: Gemma 1's files say "gelu" there and mean the tanh form.
         activation = fields.get("hidden_act", activation)
     settings: dict[str, Any] = {
         "norm_offset": 1.0, "embed_scale": math.sqrt(fields["hidden_size"]), "activation": _activation(activation),
-        "tied_embeddings": fields.get("tie_word_embeddings", True),
+        "tied_embeddings": fields.get("tie_word_embeddings", True), "qkv_bias": has_bias, "attn_out_bias": has_bias,
     }  # fmt: skip
     return _llama(fields, **(settings | more))
 
@@ -206,12 +226,26 @@ def _gemma2(fields: Fields, **more: Any) -> TransformerConfig:
     return _gemma(fields, **(settings | more))
 
 
+# What the authors' files of the models with vision leave out, for it is the default of the family.
+_GEMMA_3_DEFAULTS = {
+    "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+}  # fmt: skip
+
+
 def _gemma3(fields: Fields) -> TransformerConfig:
+    fields = _GEMMA_3_DEFAULTS | dict(fields)
     _refuse(fields, use_bidirectional_attention=False)
     pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
     local_base = fields.get("rope_local_base_freq", 10000.0)
     if isinstance(fields.get("rope_parameters"), dict):
-        local_base = _rotary(fields, "sliding_attention", local_base)["rotary_base"]
+        local = _rotary(fields, "sliding_attention", local_base)
+        local_base = local["rotary_base"]
+        if local["rotary_scaling"] is not None:
+            raise ValueError(
+                f"The config scales the rotary positions of sliding_attention, {fields['rope_parameters']}; only those "
+                "of full_attention can be."
+            )
     return _gemma2(
         fields, attn_soft_cap=None,  # There is a field for it, which `transformers` does not use.
         qk_norm=True, rotary_base_local=float(local_base), **_rotary(fields, default_base=1e6),

@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from interp_jax.instrument import SiteValues, iterate
 from interp_jax.models.cached_decoding import prefill, step
 from interp_jax.models.continue_rows import Prompts, Settings, as_rows, checked_rows, checked_settings, padded, row_keys
-from interp_jax.models.decoding import ends, picked
+from interp_jax.models.decoding import NonFiniteLogitsError, ends, picked, usable
 from interp_jax.models.generation import Generation, Layers, Sites
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
@@ -47,6 +47,7 @@ class RunningGeneration:
             batch, length = tokens.shape
             cache = empty_cache(model, batch, length + max_new_tokens)
             logits, cache = prefill(model, cache, jnp.asarray(tokens), jnp.asarray(is_token))
+            _check_finite(logits[:, -1])
             drawn = [picked(logits[:, -1], keys, 0, settings.temperature, settings.top_p, settings.sampling)]
             is_done = ends(drawn[0], settings.sampling)
             new, n_generated = drawn[0][:, None], jnp.ones(batch, jnp.int32)
@@ -55,6 +56,7 @@ class RunningGeneration:
                     break
                 self._position = length + number - 1
                 logits, cache = step(model, cache, drawn[-1][:, None])
+                _check_finite(logits[:, -1], is_done)
                 drawn.append(
                     picked(logits[:, -1], keys, number, settings.temperature, settings.top_p, settings.sampling)
                 )
@@ -96,6 +98,13 @@ class RunningGeneration:
         return Generation(new, n_generated, self._stop_tokens, self._tokenizer, SiteValues())
 
 
+def _check_finite(logits: Array, is_done: Any = False) -> None:
+    """Refuses logits from which no token can be picked, in rows that go on."""
+    is_bad = ~(usable(logits) | is_done)
+    if is_bad.any():
+        raise NonFiniteLogitsError(int(is_bad.argmax()), len(logits), is_edited=True)
+
+
 def iterate_generation(
     model: Transformer | LanguageModel,
     prompts: Prompts,
@@ -135,6 +144,7 @@ def iterate_generation(
 
     Raises:
         ValueError: As for `generate`.
+        FloatingPointError: As for `generate`; in the loop, at the end of the pass.
     """
     prompts, stop_tokens, tokenizer = as_rows(model, prompts, stop_tokens)
     transformer = model.params if isinstance(model, LanguageModel) else model

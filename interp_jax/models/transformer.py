@@ -499,7 +499,16 @@ class Transformer(nnx.Module):
 
         Returns:
             Logits, and the cache with these tokens in it.
+
+        Raises:
+            ValueError: As a call; or, outside jit, the cache has no room, or a row would be longer than the context.
         """
+        slots, filled = cache.positions.shape[1], cache.n_filled
+        if not isinstance(filled, jax.core.Tracer) and int(filled) + tokens.shape[-1] > slots:
+            raise ValueError(
+                f"The cache has {slots} slots, {int(filled)} of them filled; {tokens.shape[-1]} more tokens do not fit. "
+                "Make one with more: empty_cache(model, batch, slots)."
+            )
         logits, extended = self._run(tokens, is_token, None, cache, at=-1 if last_only else None)
         assert extended is not None
         return logits, extended
@@ -518,15 +527,28 @@ class Transformer(nnx.Module):
 
         Of one position where `at` says so; with an entry, `(stream, layer)`, from there on.
         """
-        c, seq = self.config, tokens.shape[1]
+        c = self.config
+        if tokens.ndim != 2 or not tokens.shape[1]:
+            raise ValueError(
+                f"The tokens have shape {tokens.shape}; it must be [batch, seq], with at least one token; for one row "
+                "give tokens[None]."
+            )
+        if is_token is not None and is_token.shape != tokens.shape:
+            raise ValueError(f"is_token has shape {is_token.shape}, and tokens have {tokens.shape}.")
+        seq = tokens.shape[1]
         if seq > c.context:
             raise ValueError(
                 f"The model's context is {c.context} tokens and the rows have shape {tokens.shape}; cut them."
             )
         _check_ids(tokens, c.vocab_size)
+        may_exceed = positions is not None or cache is not None
         if positions is None:
             counted = jnp.arange(seq)[None] if is_token is None else jnp.cumsum(is_token, axis=1) - 1
             positions = counted if cache is None else counted + cache.positions.max(axis=1, keepdims=True) + 1
+        if may_exceed and not isinstance(positions, jax.core.Tracer):
+            last = int(np.asarray(positions).max(initial=0))
+            if last >= c.context:
+                raise ValueError(f"A token stands at position {last}; the model's context is {c.context} tokens.")
         # Padding is nowhere: every query stands behind it and would see it, but for its sign.
         placed = positions if is_token is None else jnp.where(is_token, positions, -1)
         key_positions = placed

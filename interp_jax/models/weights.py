@@ -99,11 +99,25 @@ def assemble(opened: OpenedModel, **options: Unpack[LoadOptions]) -> Transformer
 
     Raises:
         ValueError: Tensors are missing or unknown (all are listed) or of a wrong shape, an axis of the mesh does not
-            divide what it splits, or `check_finite` found something.
+            divide what it splits, it has no axis `model`, a dtype is no floating-point one, or `check_finite` found
+            something.
+        TypeError: There is no such option.
     """
+    unknown = sorted(options.keys() - LoadOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"There is no option {', '.join(unknown)}; there are {', '.join(LoadOptions.__annotations__)}.")
     config, dtype, mesh = opened.config, options.get("dtype", jnp.float32), options.get("mesh")
     layers = options.get("layers", "stacked")
+    for name in ("dtype", "compute_dtype"):
+        given = options.get(name)
+        if given is not None and not jnp.issubdtype(jnp.dtype(given), jnp.floating):
+            raise ValueError(f"{name}={jnp.dtype(given).name}; it must be a floating-point one, such as bfloat16.")
     if mesh is not None:
+        if "model" not in mesh.axis_names:
+            raise ValueError(
+                f"The mesh has the axes {', '.join(map(repr, mesh.axis_names))}; parameters are laid over one named "
+                "'model': jax.make_mesh((1, 4), ('data', 'model')), say."
+            )
         # Axes that XLA partitions by itself. Those of `jax.make_mesh` are explicit: every gather would have to say how.
         mesh = Mesh(mesh.devices, mesh.axis_names)
     shapes = jax.eval_shape(

@@ -59,7 +59,9 @@ CASES: dict[str, tuple[str, dict]] = {
     }}),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 10, "tie_word_embeddings": True}),
     "gemma": ("Gemma", LLAMA | {"head_dim": 8}),
-    "gemma_gelu": ("Gemma", LLAMA | {"head_dim": 8, "hidden_act": "gelu", "tie_word_embeddings": False}),
+    "gemma_gelu": ("Gemma", LLAMA | {
+        "head_dim": 8, "hidden_act": "gelu", "tie_word_embeddings": False, "attention_bias": True,
+    }),
     "gemma2": ("Gemma2", LLAMA | {
         "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 3.0,

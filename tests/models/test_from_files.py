@@ -52,6 +52,11 @@ def test_options_reach_the_model(tmp_path):
         assert (params.compute_dtype, params.is_stacked, params.remat) == (jnp.float32, False, True)
 
 
+def test_an_option_that_does_not_exist():
+    with pytest.raises(TypeError, match=r"no option dtyp; there are dtype, compute_dtype, layers"):
+        ij.load("tiny", dtyp="bfloat16")
+
+
 def test_where_a_text_ends_by_the_model_s_own_files(tmp_path):
     folder = write_directory(tmp_path, "llama", eos_token_id=3)
     add_tokenizer(folder, 60)

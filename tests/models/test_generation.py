@@ -1,6 +1,7 @@
 """Generation against passes over the whole text, one token at a time, without cache or padding."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from scipy import stats
 from test_hugging_face import CASES, write_directory
 
 import interp_jax as ij
+from interp_jax.models.continue_rows import checked_rows, checked_settings
 from interp_jax.models.hugging_face import load_hugging_face
 from interp_jax.models.tiny import load_tiny
 from interp_jax.models.tokenizer import Tokenizer
@@ -275,10 +277,45 @@ def test_what_cannot_be_is_said_first(llama, prompts, options, message):
         ij.generate(llama, prompts, **({"max_new_tokens": NEW} | options))
 
 
+def test_what_is_of_no_fitting_type_is_said_where_types_are_not_checked(llama):
+    rows, settings = inspect.unwrap(checked_rows), inspect.unwrap(checked_settings)
+    with pytest.raises(ValueError, match=r"Prompt 0 has shape \(\); prompts are texts, or a list of ids for each row"):
+        rows(llama, [1, 2], 2)
+    with pytest.raises(ValueError, match=r"Prompt 0 has shape \(2, 2\)"):
+        rows(llama, [[[1, 2], [3, 4]]], 2)
+    with pytest.raises(ValueError, match="Prompt 1 holds float64 values; token ids are whole numbers"):
+        rows(llama, [[1], [1.5]], 2)
+    with pytest.raises(ValueError, match=r"holds \[1.5\]; the model's tokens are 0 to 59"):
+        settings(0.0, None, None, None, [1.5], 60)
+    with pytest.raises(ValueError, match="interventions is a dict; it must be one function"):
+        inspect.unwrap(ij.generate)(llama, PROMPTS, max_new_tokens=2, interventions={(0, "mlp_out"): 0.0})
+
+
 def test_a_site_that_does_not_exist(llama):
     for intervention in (None, shift):
         with pytest.raises(ij.SiteError, match="mlp_uot"):
             ij.generate(llama, PROMPTS, max_new_tokens=2, interventions=intervention, fetch_sites="mlp_uot")
+
+
+def test_a_layer_that_does_not_exist(llama):
+    for intervention in (None, shift):
+        for site, layers in (("resid_post", (0, 9)), ("embed", 0)):
+            with pytest.raises(ij.SiteError, match=r"no site|none of"):
+                ij.generate(
+                    llama, PROMPTS, max_new_tokens=2, interventions=intervention, fetch_sites=site, fetch_layers=layers
+                )
+
+
+def test_the_loop_tells_of_logits_that_are_not_finite(llama):
+    seen = []
+    with pytest.raises(FloatingPointError, match="The logits are not finite in row 1 of 3"):
+        for position, _, _, value in (
+            running := ij.iterate_generation(llama, PROMPTS, max_new_tokens=9, sites="embed")
+        ):
+            seen.append(position)
+            if position:
+                running.modified_value = value.at[1].mul(jnp.inf)
+    assert seen == [0, 6]  # at the first pass that has some
 
 
 def test_a_wrong_shape_from_an_intervention_names_the_site(llama):

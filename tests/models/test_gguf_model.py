@@ -174,15 +174,14 @@ def test_quantised_tensors(tmp_path):
     assert model.config.qkv_bias
 
 
-def metadata_only(path, **more):
-    writer = gguf.GGUFWriter(path, "qwen2")
+def metadata_only(path, architecture="qwen2", under="rope.scaling.", **more):
+    writer = gguf.GGUFWriter(path, architecture)
     for key in ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
-        writer.add_uint32(f"qwen2.{key}", 64)
+        writer.add_uint32(f"{architecture}.{key}", 64)
     writer.add_layer_norm_rms_eps(1e-6)
     for key, value in more.items():
-        {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)](
-            f"qwen2.rope.scaling.{key}", value
-        )
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+        add.get(type(value), writer.add_array)(f"{architecture}.{under}{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -198,6 +197,44 @@ def test_rotary_scaling_by_metadata(tmp_path):
     assert metadata_only(tmp_path / "b.gguf", type="none").fields["rope_scaling"] is None
     with pytest.raises(ValueError, match=r"by 'longrope'; supported in GGUF are 'linear' and 'yarn'"):
         _ = metadata_only(tmp_path / "c.gguf", type="longrope", factor=2.0).fields
+
+
+def test_a_factor_alone_scales_as_llama_cpp_reads_it(tmp_path):
+    assert metadata_only(tmp_path / "a.gguf", factor=4.0).fields["rope_scaling"] == {
+        "rope_type": "linear", "factor": 4.0,
+    }  # fmt: skip
+
+
+def test_settings_that_are_not_known_are_refused(tmp_path):
+    harmless = {"vocab_size": 60, "attention.causal": True, "expert_count": 0, "rope.dimension_count": 1}
+    assert metadata_only(tmp_path / "a.gguf", under="", **harmless).fields["num_hidden_layers"] == 64
+    refused = {
+        "attention.causal": False, "attention.scale": 1.0, "rope.scaling.yarn_beta_fast": 16.0, "logit_scale": 0.5,
+        "attention.sliding_window": 8,
+    }  # fmt: skip
+    for number, (key, value) in enumerate(refused.items()):
+        checkpoint = metadata_only(tmp_path / f"{number}.gguf", under="", **{key: value})
+        with pytest.raises(ValueError, match=rf"not known for the architecture 'qwen2', .*: {key}={value}"):
+            _ = checkpoint.fields
+    checkpoint = metadata_only(tmp_path / "b.gguf", under="rope.", dimension_count=2)
+    with pytest.raises(ValueError, match=r"has rope.dimension_count=2; only a head's width, 1, is supported"):
+        _ = checkpoint.fields
+
+
+def test_newer_files_say_what_the_older_ones_of_gemma_leave_out(tmp_path):
+    # A bool for each layer, or how many layers there are to one that is not local.
+    older = metadata_only(tmp_path / "a.gguf", "gemma3", "attention.", sliding_window=8).fields
+    assert [layer for layer, kind in enumerate(older["layer_types"]) if kind == "full_attention"] == [*range(5, 64, 6)]
+    assert (older["rope_local_base_freq"], older["final_logit_softcapping"]) == (10000.0, None)
+    newer = {
+        "attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False] * 32,
+        "rope.freq_base_swa": 500.0, "final_logit_softcapping": 30.0,
+    }  # fmt: skip
+    fields = metadata_only(tmp_path / "b.gguf", "gemma3", "", **newer).fields
+    assert fields["layer_types"] == ["sliding_attention", "full_attention"] * 32
+    assert (fields["rope_local_base_freq"], fields["final_logit_softcapping"]) == (500.0, 30.0)
+    third = metadata_only(tmp_path / "c.gguf", "gemma2", "attention.", sliding_window=8, sliding_window_pattern=3)
+    assert third.fields["layer_types"] == (["sliding_attention"] * 2 + ["full_attention"]) * 21 + ["sliding_attention"]
 
 
 def test_an_unknown_architecture(tmp_path):

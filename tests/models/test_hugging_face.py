@@ -170,6 +170,19 @@ def test_gemma_3_with_a_vision_tower(tmp_path):
     np.testing.assert_allclose(apply(load_hugging_face(folder), TOKENS), CASES["gemma3_text"]["logits"], atol=2e-5)
 
 
+def test_gemma_3_with_vision_leaves_out_what_is_usual():
+    # The whole text_config of the file that its authors give for 4B.
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    c = config_from_hugging_face({"model_type": "gemma3", "text_config": text})
+    assert (c.vocab_size, c.context, c.n_heads, c.n_kv_heads, c.d_head) == (262208, 131072, 8, 4, 256)
+    assert (c.scale, c.window, c.rotary_base, c.rotary_base_local) == (1 / 16, 1024, 1e6, 1e4)
+    assert (c.norm_epsilon, c.tied_embeddings, c.activation) == (1e-6, True, "gelu_tanh")
+    assert [layer for layer in range(34) if not c.is_local[layer]] == [5, 11, 17, 23, 29]
+
+
 def test_a_tied_head_that_is_stored_too_is_left_alone(tmp_path):
     def change(tensors):
         return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
@@ -248,6 +261,19 @@ def test_no_such_directory(tmp_path):
             "'longrope'; supported are linear, llama3, yarn and dynamic",
         ),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True; only False"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; only 1.0"),
+        ("llama", {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}, "only 1.0 is supported"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, r"weights are quantized \('fp8'\)"),
+        (
+            "qwen2_windows",
+            {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+            "layer_types hold chunked_attention; supported are full_attention and sliding_attention",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "scales the rotary positions of sliding_attention",
+        ),
         ("llama", {"num_key_value_heads": 3}, "multiple of n_kv_heads"),
     ],
 )
@@ -292,6 +318,14 @@ def test_gemma_s_activation_before_and_after_the_release_that_heeds_it():
 def test_every_family_is_compared():
     families = {entry["config"]["model_type"] for entry in CASES.values()}
     assert families | {"gemma3"} == set(FAMILIES)
+
+
+def test_options_that_cannot_be_are_refused_before_a_tensor_is_read(tmp_path):
+    folder = write_directory(tmp_path, "llama")
+    with pytest.raises(ValueError, match=r"mesh has the axes 'data'; parameters are laid over one named 'model'"):
+        load_hugging_face(folder, mesh=jax.make_mesh((1,), ("data",)))
+    with pytest.raises(ValueError, match="dtype=int8; it must be a floating-point one"):
+        load_hugging_face(folder, dtype=jnp.int8)
 
 
 SHARDED = """

@@ -1,6 +1,7 @@
 """The transformer against a forward pass written by hand in float64 NumPy, one position and one head at a time."""
 
 import dataclasses
+import inspect
 import math
 from typing import Any, cast
 
@@ -364,6 +365,30 @@ def test_a_token_outside_the_vocabulary_is_told_where_it_can_be_seen():
 def test_rows_longer_than_the_context_are_refused():
     with pytest.raises(ValueError, match=r"context is 9 tokens.*\(2, 10\)"):
         apply(random_model(LLAMA), random_tokens(LLAMA, seq=10))
+
+
+def test_rows_that_are_none_are_told():
+    model = random_model(LLAMA)
+    with pytest.raises(ValueError, match=r"tokens have shape \(2, 0\); .* \[batch, seq\], with at least one token"):
+        apply(model, random_tokens(LLAMA, seq=0))
+    untyped = inspect.unwrap(Transformer.__call__)
+    with pytest.raises(ValueError, match=r"tokens have shape \(7,\); .* for one row give tokens\[None\]"):
+        untyped(model, random_tokens(LLAMA)[0])
+    with pytest.raises(ValueError, match=r"is_token has shape \(2, 3\), and tokens have \(2, 7\)"):
+        untyped(model, random_tokens(LLAMA), is_token=jnp.ones((2, 3), bool))
+
+
+@pytest.mark.caches
+def test_a_cache_without_room_and_rows_beyond_the_context_are_told_where_they_can_be_seen():
+    model, tokens = random_model(LLAMA), random_tokens(LLAMA, seq=5)
+    _, cache = model.extend(transformer.empty_cache(model, 2, 8), tokens)
+    with pytest.raises(ValueError, match=r"cache has 8 slots, 5 of them filled; 5 more tokens do not fit"):
+        model.extend(cache, tokens)
+    _, cache = model.extend(transformer.empty_cache(model, 2, 12), tokens)
+    with pytest.raises(ValueError, match=r"at position 9; the model's context is 9 tokens"):
+        model.extend(cache, tokens)
+    with pytest.raises(ValueError, match=r"at position 10; the model's context"):
+        model(tokens, positions=jnp.broadcast_to(jnp.arange(6, 11), tokens.shape))
 
 
 @pytest.mark.parametrize(
