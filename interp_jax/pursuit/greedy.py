@@ -6,8 +6,9 @@ How it is laid out, and why:
   remains in a step, which finds the next atom; what a method does with the weights happens in the k x k space of the
   Gram matrix, so a method is a few lines (`Method`). With dense weights a step would take three products.
 - Signals are scaled to norm one and so is each atom, so that very small and very large ones neither underflow nor
-  overflow, and rescaling an atom changes its weight and nothing else. Only norms within a factor of eight of the
-  dtype's largest number have no code, and a residual norm of NaN.
+  overflow, and rescaling an atom changes its weight and nothing else. Only signals whose norm is within a factor of
+  eight of the dtype's largest number have no code, and a residual norm of NaN. A weight beyond the dtype's range
+  (a signal of 1e20 in an atom of 1e-20) is left out, and the residual norm is that of what is kept.
 - Batches are worked on in chunks of signals, which bounds the memory whatever the batch.
 
 Gradients, forward and reverse, with respect to signals and dictionary, are those of the weights with the choice of
@@ -74,6 +75,8 @@ def pursue(
     signals, dictionary = jnp.asarray(signals), jnp.asarray(dictionary)
     batch = signals.shape[:-1]
     size = l0 if max_l0 is None else max_l0
+    if not jnp.issubdtype(jnp.asarray(l0).dtype, jnp.integer):
+        raise ValueError(f"l0 has dtype {jnp.asarray(l0).dtype}; expected whole numbers: the most atoms of a signal.")
     if not isinstance(size, int | np.integer):
         raise ValueError(f"l0 is an array of shape {jnp.shape(l0)}: max_l0 must say the most atoms of any signal.")
     size = int(size)
@@ -191,7 +194,7 @@ def _finish(
     atoms = dictionary[indices].astype(signals.dtype)
     residual = signals - jnp.einsum("bk,bkd->bd", weights, atoms, precision=PRECISE)
     # Beyond that an inverse norm is subnormal, which some machines take for zero.
-    is_known = is_sound & (jnp.max(jnp.abs(signals), axis=1) < jnp.finfo(signals.dtype).max / 8)
+    is_known = is_sound & (norm(jax.lax.stop_gradient(signals)) < jnp.finfo(signals.dtype).max / 8)
     return code_of(indices, weights, jnp.where(is_known, norm(residual), jnp.nan))
 
 
@@ -220,7 +223,7 @@ def _search(
         best, picked = table.best(residual, is_signed=not nonnegative)
         is_running = (jnp.linalg.norm(residual, axis=1) > tolerance) & (number < limits)
         is_useful = (best > floor) & is_running
-        picked = jnp.where(is_useful, picked, 0)
+        picked = jnp.where(is_useful, picked, 0).astype(jnp.int32)
 
         same = (indices == picked[:, None]) & is_useful[:, None]
         is_new = is_useful & ~jnp.any(same, axis=1)

@@ -14,6 +14,8 @@ def norm(vectors: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
         vectors: the vectors.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True, initial=0))
+    # A larger one has a subnormal inverse, which is zero where a division is compiled as a product with it.
+    largest = jnp.minimum(largest, jnp.finfo(vectors.dtype).max / 8)
     is_zero = largest == 0
     squares = jnp.sum(jnp.square(vectors / jnp.where(is_zero, 1, largest)), axis=-1)
     is_zero, largest = is_zero[..., 0], largest[..., 0]

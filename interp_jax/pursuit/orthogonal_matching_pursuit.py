@@ -94,13 +94,14 @@ def kkt_violation(
         signals: what it is of.
         dictionary: the dictionary that it was found in.
     """
-    is_used = code.indices >= 0
-    atoms = dictionary[code.indices].astype(code.weights.dtype)
-    norms = norm(atoms)
-    residual = signals - jnp.einsum("...k,...kd->...d", code.weights, atoms, precision=PRECISE)
-    correlations = jnp.einsum("...kd,...d->...k", atoms, residual, precision=PRECISE) * safe_inverse(norms)
-    violations = jnp.maximum(jnp.abs(correlations), jnp.maximum(0, -code.weights * norms))
-    return jnp.max(jnp.where(is_used, violations, 0), axis=-1) * safe_inverse(norm(signals))
+    # All of norm one first: products of small or of large numbers would leave the dtype's range.
+    atoms, signals = (value.astype(code.weights.dtype) for value in (dictionary[code.indices], signals))
+    norms, inverse_scales = norm(atoms), safe_inverse(norm(signals))[..., None]
+    units, weights = atoms * safe_inverse(norms)[..., None], code.weights * norms * inverse_scales
+    residual = signals * inverse_scales - jnp.einsum("...k,...kd->...d", weights, units, precision=PRECISE)
+    correlations = jnp.einsum("...kd,...d->...k", units, residual, precision=PRECISE)
+    violations = jnp.maximum(jnp.abs(correlations), jnp.maximum(0, -weights))
+    return jnp.max(jnp.where(code.indices >= 0, violations, 0), axis=-1, initial=0)
 
 
 def _times(matrix: Float[Array, "batch l0 l0"], vector: Float[Array, "batch l0"]) -> Float[Array, "batch l0"]:

@@ -1,5 +1,8 @@
 """Signals and dictionaries that the tests of all pursuits share."""
 
+import itertools
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,16 +19,19 @@ def problem(seed, batch=6, d_in=24, d_sae=60, active=4, noise=0.05):
     return signals.astype(np.float32), dictionary.astype(np.float32)
 
 
-KINDS = ["random", "coherent", "duplicated", "tiny", "huge", "mixed norms"]
+KINDS = ["random", "coherent", "duplicated", "zero signals", "exact fit", "tiny", "huge", "mixed norms"]
 
 
 def hard_problem(kind, seed):
     """A problem of a kind that is hard in its own way."""
-    signals, dictionary = problem(seed)
+    signals, dictionary = problem(seed, noise=0 if kind == "exact fit" else 0.05)
     if kind == "coherent":
-        dictionary = 0.1 * dictionary + 0.9 * dictionary[:1]
+        # Of mean cosine 0.9: a direction that all share, and a part of each atom's own.
+        dictionary = np.sqrt(np.float32(0.1)) * dictionary + np.sqrt(np.float32(0.9)) * dictionary[:1]
     elif kind == "duplicated":
         dictionary[30:] = dictionary[:30]
+    elif kind == "zero signals":
+        signals[::2] = 0
     elif kind in ("tiny", "huge"):
         signals = signals * np.float32(1e-25 if kind == "tiny" else 1e25)
     elif kind == "mixed norms":
@@ -49,6 +55,15 @@ def check_invariants(code, signals, dictionary, *, nonnegative):
     decoded = np.asarray(code.dense(len(dictionary)), np.float64) @ dictionary.astype(np.float64)
     residual = np.linalg.norm(signals.astype(np.float64) - decoded, axis=1)
     np.testing.assert_allclose(code.residual_norm, residual, atol=2e-5 * norms.max())
+
+
+def check_never_grows(pursuit, signals, dictionary):
+    """The residual of no signal grows with a further step, to within the rounding of the residual itself."""
+    norms = np.linalg.norm(signals.astype(np.float64), axis=1)
+    arrays = jnp.asarray(signals), jnp.asarray(dictionary)
+    by_steps = [norms, *(np.asarray(pursuit(*arrays, n).residual_norm, np.float64) for n in (1, 2, 3, 7))]
+    for before, after in itertools.pairwise(by_steps):
+        assert (after <= before + 1e-6 * norms).all()
 
 
 def check_gradients(gradients, arguments, slow_objective):

@@ -1,16 +1,18 @@
 """Matching pursuit against its definition in NumPy, and what all pursuits take: a limit a signal, bf16, a mesh."""
 
+import functools
 import os
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pursuit_problems import KINDS, check_invariants, hard_problem, problem
+from pursuit_problems import KINDS, check_gradients, check_invariants, check_never_grows, hard_problem, problem
 
 from interp_jax.pursuit import gradient_pursuit, matching_pursuit, orthogonal_matching_pursuit
 
@@ -45,6 +47,28 @@ def test_what_holds_on_every_problem(seed, kind, nonnegative):
     signals, dictionary = hard_problem(kind, seed)
     code = matching_pursuit(jnp.asarray(signals), jnp.asarray(dictionary), 7, nonnegative=nonnegative)
     check_invariants(code, signals, dictionary, nonnegative=nonnegative)
+    check_never_grows(functools.partial(matching_pursuit, nonnegative=nonnegative), signals, dictionary)
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_gradients_are_those_of_finite_differences(nonnegative):
+    signals, dictionary = problem(6, batch=3, d_in=8, d_sae=20)
+    weighting = np.random.default_rng(0).normal(size=signals.shape)
+
+    def objective(signals, dictionary):
+        code = matching_pursuit(signals, dictionary, 9, nonnegative=nonnegative)
+        return jnp.sum(weighting.astype(np.float32) * code.decode(dictionary)) + jnp.sum(code.residual_norm)
+
+    arguments = (jnp.asarray(signals), jnp.asarray(dictionary))
+    gradients = jax.grad(objective, argnums=(0, 1))(*arguments)
+
+    def slow_objective(signals, dictionary):
+        # Unit norm inside: the pursuit does not depend on the norms of the atoms.
+        unit = dictionary / np.linalg.norm(dictionary, axis=1, keepdims=True)
+        output = slow_matching_pursuit(signals, unit, 9, nonnegative) @ unit
+        return np.sum(weighting * output) + np.sum(np.linalg.norm(signals - output, axis=1))
+
+    check_gradients(gradients, arguments, slow_objective)
 
 
 @pytest.mark.parametrize("pursuit", PURSUITS)
@@ -87,9 +111,64 @@ def test_jit_vmap_and_an_empty_batch(pursuit):
     np.testing.assert_array_equal(whole.indices, compiled.indices)
     np.testing.assert_allclose(mapped, whole.dense(60), atol=1e-6)
     assert pursuit(signals[:0], dictionary, 4).weights.shape == (0, 4)
-    huge = pursuit(jnp.full((1, 24), 1e38), dictionary, 4)
-    assert int(huge.l0_reached[0]) == 0
-    assert jnp.isnan(huge.residual_norm[0])
+
+
+@pytest.mark.parametrize("pursuit", PURSUITS)
+def test_what_has_no_code_is_told_as_such(pursuit):
+    signals, dictionary = map(jnp.asarray, problem(3))
+    # Both are too large for an inverse norm; of the second no one number is.
+    huge = pursuit(jnp.concatenate([jnp.full((1, 24), 1e38), jnp.full((1, 24), 2e37), signals[:1]]), dictionary, 4)
+    np.testing.assert_array_equal(huge.l0_reached[:2], 0)
+    np.testing.assert_array_equal(jnp.isnan(huge.residual_norm), [True, True, False])
+    # A weight of 1e41 has no number in float32.
+    out_of_range = pursuit(1e20 * signals, 1e-21 * dictionary, 4)
+    np.testing.assert_array_equal(out_of_range.l0_reached, 0)
+    np.testing.assert_allclose(out_of_range.residual_norm, 1e20 * np.linalg.norm(signals, axis=1), rtol=1e-5)
+
+
+@pytest.fixture
+def no_type_checks():
+    """As a user has it: the shapes in signatures are not checked, so the functions' own errors are what is seen."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("pursuit", PURSUITS)
+def test_bad_inputs(pursuit):
+    signals, dictionary = map(jnp.asarray, problem(7))
+    for wrong in (signals[:, 1:], signals[0, 0]):
+        with pytest.raises(
+            ValueError, match=r"do not fit: expected \[..., d_in\] and \[d_sae, d_in\] with the same d_in"
+        ):
+            pursuit(wrong, dictionary, 4)
+    for l0 in (0, 61):
+        with pytest.raises(ValueError, match=f"l0 is {l0}; expected 1 to 60"):
+            pursuit(signals, dictionary, l0)
+    for l0 in (4.0, jnp.full(6, 2.5)):
+        with pytest.raises(ValueError, match="l0 has dtype float32; expected whole numbers"):
+            pursuit(signals, dictionary, l0, max_l0=7)
+    with pytest.raises(ValueError, match="row 7 holds NaN or infinity"):
+        pursuit(signals, dictionary.at[7, 3].set(jnp.nan), 4)
+    with pytest.raises(ValueError, match="tolerance is -1"):
+        pursuit(signals, dictionary, 4, tolerance=-1.0)
+    with pytest.raises(ValueError, match="signals have dtype int32; expected a floating type"):
+        pursuit(jnp.ones((2, 24), jnp.int32), dictionary, 4)
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize("pursuit", PURSUITS)
+def test_float64_is_worked_on_as_such(pursuit, nonnegative):
+    signals, dictionary = problem(4)
+    rough = pursuit(jnp.asarray(signals), jnp.asarray(dictionary), 4, nonnegative=nonnegative)
+    with jax.enable_x64(True):
+        wide = jnp.asarray(signals, jnp.float64), jnp.asarray(dictionary, jnp.float64)
+        code = pursuit(*wide, 4, nonnegative=nonnegative)
+        left = np.linalg.norm(np.asarray(wide[0]) - np.asarray(code.dense(60)) @ np.asarray(wide[1]), axis=1)
+    assert code.weights.dtype == np.float64
+    np.testing.assert_allclose(code.residual_norm, left, rtol=1e-12)
+    np.testing.assert_allclose(code.weights, rough.weights, atol=1e-5)
 
 
 ON_A_MESH = """
@@ -109,10 +188,12 @@ for shape in ((2, 4), (1, 8)):
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
     place = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
     on_mesh = place(signals, P("data")), place(dictionary, P("latent"))
+    limits = jnp.arange(16) % 7
     for pursuit in (gradient_pursuit, matching_pursuit, orthogonal_matching_pursuit):
-        one, many = pursuit(signals, dictionary, 6), pursuit(*on_mesh, 6, mesh=mesh)
-        np.testing.assert_array_equal(one.indices, many.indices)
-        np.testing.assert_allclose(one.weights, many.weights, atol=1e-6)
+        for l0, options in ((6, {{}}), (6, {{"nonnegative": False}}), (limits, {{"max_l0": 6}})):
+            one, many = pursuit(signals, dictionary, l0, **options), pursuit(*on_mesh, l0, mesh=mesh, **options)
+            np.testing.assert_array_equal(one.indices, many.indices)
+            np.testing.assert_allclose(one.weights, many.weights, atol=1e-6)
 
         def loss(signals, dictionary, mesh):
             return jnp.sum(jnp.square(pursuit(signals, dictionary, 6, mesh=mesh).decode(dictionary)))
