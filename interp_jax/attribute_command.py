@@ -7,6 +7,7 @@
 The ranked nodes are printed as well.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Literal
@@ -87,7 +88,9 @@ def run(
         "tokens": list(zip(pair.labels, pair.corrupted_labels, strict=True)),
     }
     for heat_map in heat_maps:
-        heat_map_picture(heat_map).save(out / f"heat_map_{heat_map.axis}.png")
+        # A picture leaves its page, so it tells by itself what its numbers are.
+        title = f"{heat_map.title}\n{model.name}, {method}, {direction}\nchange of the {setting['metric']}"
+        heat_map_picture(dataclasses.replace(heat_map, title=title)).save(out / f"heat_map_{heat_map.axis}.png")
     facts = {"setting": setting, "by": effects.families[0].by, "layers": effects.families[0].layers}
     facts |= {"effects": effects.values_of[0].tolist()}
     write_whole(out / "attribution.json", json.dumps(facts, indent=1))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from interp_jax import cli
+from interp_jax import attribute_command, cli
 from interp_jax.attribution.activation_patching import activation_patching
 from interp_jax.attribution.atp import atp
 from interp_jax.attribution.nodes import Nodes
@@ -22,7 +22,13 @@ def run(monkeypatch, *arguments):
 
 @pytest.mark.caches
 def test_the_numbers_are_those_of_patching(tmp_path, monkeypatch, capsys):
+    drawn, draw = [], attribute_command.heat_map_picture
+    monkeypatch.setattr(attribute_command, "heat_map_picture", lambda each: draw(drawn.append(each) or each))
     run(monkeypatch, "--answer", " United", "--wrong", " war", "--out", str(tmp_path), "--top", "5")
+    what, how, of_what = drawn[0].title.splitlines()
+    assert what == "Effect of resid_post by layer and position"
+    assert how == "tiny-wikipedia, patching, noising"
+    assert of_what == "change of the logit of ' United' less that of ' war' as the next token"
     found = json.loads((tmp_path / "attribution.json").read_text())
     model = load_tiny()
     pair = prompt_pair(model, CLEAN, CORRUPTED, answer=" United", wrong=" war")
