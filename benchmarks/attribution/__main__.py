@@ -72,7 +72,7 @@ def pass_rows(model: LanguageModel, pair: PromptPair, rounds: int) -> Iterator[R
     families = resolve(model, everything, SEQ)
     dropped = resolve(model, [Nodes(site, by=()) for site in _ADDED], SEQ)
     both = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    run = measured_pass(model, families, metric_of(None, pair))
+    run = measured_pass(model, families, metric_of(None, pair, model.vocab_size))
     program: Any = _atp
     once = program.lower(run.forward, families, run.params, run.metric, both).compile()
     program = _atp_star

@@ -22,7 +22,19 @@ from interp_jax.attribution.path_patching import path_patching
 from interp_jax.attribution.probes import Probes, train_probes
 from interp_jax.attribution.prompt_pair import PromptPair, prompt_pair
 from interp_jax.attribution.truncated_context import TruncatedContext, truncated_context_similarity
-from interp_jax.attribution.verification import SubsetBound, Verification, subset_bound, verify
+from interp_jax.attribution.verification import (
+    Search,
+    SubsetBound,
+    Verification,
+    by_score,
+    hierarchical,
+    in_blocks,
+    iterative,
+    recall_curve,
+    subsampling,
+    subset_bound,
+    verify,
+)
 from interp_jax.attribution.virtual_weights import StrongestWeights, strongest_virtual_weights, virtual_weights
 
 __all__ = [
@@ -45,6 +57,7 @@ __all__ = [
     "Patching",
     "Probes",
     "PromptPair",
+    "Search",
     "StrongestWeights",
     "SubsetBound",
     "TruncatedContext",
@@ -55,10 +68,14 @@ __all__ = [
     "atp_star",
     "attention_knockout",
     "attention_patterns",
+    "by_score",
     "composition_score",
     "direct_latent_attribution",
     "direct_logit_attribution",
+    "hierarchical",
+    "in_blocks",
     "integrated_gradients",
+    "iterative",
     "joint_patching",
     "knocked_out",
     "latent_circuit",
@@ -71,7 +88,9 @@ __all__ = [
     "path_patching",
     "prompt_pair",
     "query_key_circuit",
+    "recall_curve",
     "strongest_virtual_weights",
+    "subsampling",
     "subset_bound",
     "train_probes",
     "truncated_context_similarity",

@@ -219,7 +219,9 @@ class Patching:
             raise ValueError("prompts= are what mean and resample ablation take values from: give both or neither.")
         self.language_model, self.pair = language_model, pair
         self.families = resolve(language_model, nodes, pair.seq)
-        self._pass = run = measured_pass(language_model, self.families, metric_of(metric, pair))
+        self._pass = run = measured_pass(
+            language_model, self.families, metric_of(metric, pair, language_model.vocab_size)
+        )
         self.memory_budget = memory_budget
         tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
         entries = resolve(language_model, Nodes("resid_pre"), pair.seq) if run.enter is not None else ()

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from interp_jax.attribution.activation_patching import Forward, site_values
-from interp_jax.attribution.measured_pass import measured_pass
+from interp_jax.attribution.measured_pass import measured_on_both, measured_pass
 from interp_jax.attribution.metric import Metric, check_varies, metric_of
 from interp_jax.attribution.nodes import Effects, Family, Nodes, resolve
 from interp_jax.attribution.prompt_pair import PromptPair
@@ -56,7 +56,7 @@ def atp(
     """
     families = resolve(language_model, nodes, pair.seq)
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    run = measured_pass(language_model, families, metric_of(metric, pair))
+    run = measured_pass(language_model, families, metric_of(metric, pair, language_model.vocab_size))
     clean, corrupted, effects = _atp(run.forward, families, run.params, run.metric, tokens)
     check_varies(clean, corrupted)
     return Effects(families, effects, pair.position_labels, clean=float(clean), corrupted=float(corrupted))
@@ -94,10 +94,10 @@ def integrated_gradients(
         raise ValueError(f"{embedding} is where the path is laid; name 'resid_pre' of layer 0 in its place.")
     (embedded,) = resolve(language_model, Nodes(embedding), pair.seq)
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    run = measured_pass(language_model, families, metric_of(metric, pair))
-    clean, corrupted, effects = _integrated(run.forward, families, embedded, n_steps, run.params, run.metric, tokens)
-    check_varies(clean, corrupted)
-    return Effects(families, effects, pair.position_labels, clean=float(clean), corrupted=float(corrupted))
+    run = measured_pass(language_model, families, metric_of(metric, pair, language_model.vocab_size))
+    clean, corrupted = measured_on_both(run, tokens)  # before n_steps passes
+    effects = _integrated(run.forward, families, embedded, n_steps, run.params, run.metric, tokens)
+    return Effects(families, effects, pair.position_labels, clean=clean, corrupted=corrupted)
 
 
 def layers_of(families: Sequence[Family]) -> set[int | None]:
@@ -172,8 +172,8 @@ def _integrated(
 ) -> Any:
     by_site = {family.site: (number, family) for number, family in enumerate(families)}
     read = (*families, embedded)
-    clean_logits, clean = site_values(forward, read, params, tokens[:1])
-    logits, corrupted = site_values(forward, read, params, tokens[1:])
+    _, clean = site_values(forward, read, params, tokens[:1])
+    _, corrupted = site_values(forward, read, params, tokens[1:])
     differences = tuple(there[:, 0] - here[:, 0] for here, there in zip(clean, corrupted, strict=True))
 
     def visit(differences: Any, layer: Any, name: str, value: Any, gradient: Any) -> tuple[Any, None]:
@@ -198,4 +198,4 @@ def _integrated(
     zeros = tuple(jnp.zeros((len(family.layers), *family.by_shape)) for family in families)
     shares = (jnp.arange(n_steps) + 0.5) / n_steps
     total, _ = jax.lax.scan(step, zeros, shares)
-    return metric(clean_logits)[0], metric(logits)[0], tuple(each / n_steps for each in total)
+    return tuple(each / n_steps for each in total)

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float
 
 from interp_jax.attribution.activation_patching import Forward, site_values
 from interp_jax.attribution.atp import layers_of, place_of
-from interp_jax.attribution.measured_pass import measured_pass
+from interp_jax.attribution.measured_pass import measured_on_both, measured_pass
 from interp_jax.attribution.metric import Metric, check_varies, metric_of
 from interp_jax.attribution.nodes import Effects, Family, Nodes, resolve
 from interp_jax.attribution.prompt_pair import PromptPair
@@ -73,7 +73,8 @@ def atp_star(
 
     Raises:
         ValueError: for nodes that do not exist, a metric that is the same on both prompts, a model without the sites
-            that the two need, q or k nodes smaller than a head, or attention that is no softmax of its logits.
+            that the two need or of one layer, q or k nodes smaller than a head, or attention that is no softmax of its
+            logits.
     """
     families = resolve(language_model, nodes, pair.seq)
     fixed = tuple(family for family in families if family.site in ("q", "k")) if qk_fix else ()
@@ -89,8 +90,15 @@ def atp_star(
     dropped: tuple[Family, ...] = ()
     if grad_drop:
         dropped = resolve(language_model, [Nodes(site, by=()) for site in _ADDED], pair.seq)
+        if len(layers_of(dropped)) < 2:
+            raise ValueError(
+                f"GradDrop drops one layer after another but a node's own, and {language_model.name} has one alone. "
+                "Give grad_drop=False."
+            )
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    run = measured_pass(language_model, families, metric_of(metric, pair))
+    run = measured_pass(language_model, families, metric_of(metric, pair, language_model.vocab_size))
+    if dropped:  # a backward pass a layer: a metric that tells nothing is refused before them
+        measured_on_both(run, tokens)
     clean, corrupted, effects, off = _atp_star(run.forward, families, scores, dropped, run.params, run.metric, tokens)
     check_varies(clean, corrupted)
     if scores and not float(off) <= _SOFTMAX_TOLERANCE:

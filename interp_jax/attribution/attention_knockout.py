@@ -81,6 +81,8 @@ def attention_knockout(
     Raises:
         ValueError: A position, layer or head does not exist, or the model has no attention probabilities.
     """
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens has shape {tokens.shape}; it must be [batch, seq]: jnp.array([ids]) for one prompt.")
     cut = knocked_out(language_model, tokens.shape[1], knockouts, renormalise=renormalise)
     return _run(cut.forward, cut.params, tokens)
 

@@ -161,7 +161,7 @@ def latent_circuit(
     instead = _stand_ins(
         forward, places, reference is not None, params, list(saes.values()), jnp.asarray(text, jnp.int32)
     )
-    clean, measure = jnp.asarray(pair.clean, jnp.int32)[None], metric_of(metric, pair)
+    clean, measure = jnp.asarray(pair.clean, jnp.int32)[None], metric_of(metric, pair, language_model.vocab_size)
     full, empty, alone, without = (
         float(_ablated(forward, places, params, list(saes.values()), instead, kept, measure, clean))
         for kept in (everything, nothing, masks, others)

@@ -112,11 +112,13 @@ def logit_lens(
         The predictions, as NumPy arrays.
 
     Raises:
-        ValueError: The site is not in the stream's space; `top` or the target is out of range.
+        ValueError: The site is not in the stream's space; tokens are no rows; `top` or the target is out of range.
         SiteError: The model has no such site or layer.
     """
     if site not in _STREAM:
         raise ValueError(f"The logit lens reads the stream, at one of {', '.join(_STREAM)}; {site!r} is none of them.")
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens has shape {tokens.shape}; it must be [batch, seq]: jnp.array([ids]) for one prompt.")
     if not 1 <= top <= language_model.vocab_size:
         raise ValueError(f"top={top}; it must be 1 to {language_model.vocab_size}, the size of the vocabulary.")
     targets = None

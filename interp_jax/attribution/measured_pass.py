@@ -5,15 +5,19 @@ rows are alike up to a layer needs the layers from there on. Both are known of t
 other model, and whatever wraps this one, runs as it is.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from interp_jax.attribution.metric import at_one_position
+import jax
+from jaxtyping import Array, Float, Int
+
+from interp_jax.attribution.metric import at_one_position, check_varies
 from interp_jax.attribution.nodes import Family
 from interp_jax.models import transformer
 from interp_jax.models.language_model import LanguageModel
 
-__all__ = ["MeasuredPass", "measured_pass"]
+__all__ = ["MeasuredPass", "measured_on_both", "measured_pass"]
 
 
 class MeasuredPass(NamedTuple):
@@ -46,6 +50,26 @@ def measured_pass(language_model: LanguageModel, families: Sequence[Family], met
         return MeasuredPass(model.forward, model.params, metric, transformer.apply_from)
     one, position = narrowed
     return MeasuredPass(_at_position, (model.params, position), one, _enter_at_position)
+
+
+def measured_on_both(run: MeasuredPass, tokens: Int[Array, "2 seq"]) -> tuple[float, float]:
+    """The metric on both prompts, before anything long.
+
+    Args:
+        run: The pass.
+        tokens: The clean prompt and the corrupted one.
+
+    Raises:
+        ValueError: It is the same on both, or not finite.
+    """
+    clean, corrupted = map(float, _measured(run.forward, run.params, run.metric, tokens))
+    check_varies(clean, corrupted)
+    return clean, corrupted
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measured(forward: Callable[..., Any], params: Any, metric: Any, tokens: Int[Array, "2 seq"]) -> Float[Array, "2"]:
+    return metric(forward(params, tokens))
 
 
 def _at_position(params: Any, tokens: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -92,27 +93,52 @@ class Loss:
         return next_token_losses(logits, tokens).mean(axis=-1)
 
 
-def metric_of(metric: Metric | None, pair: PromptPair) -> Any:
+def metric_of(metric: Metric | None, pair: PromptPair, vocab_size: int) -> Any:
     """The metric as a pytree that a compiled program can take.
 
     Args:
         metric: a metric; None stands for the pair's own: the logit difference, or the answer's log-probability where
             the pair has no wrong token.
         pair: the pair.
+        vocab_size: how many tokens the model knows.
 
     Returns:
         The metric with arrays for leaves.
 
     Raises:
-        ValueError: without a metric, if the pair has no answer.
+        ValueError: without a metric, if the pair has no answer; for a token or a position that does not exist, or a
+            metric that does not give one number a row.
     """
     if metric is None:
         if pair.answer is None:
             raise ValueError("There is nothing to measure: give the pair an answer (and a wrong token), or metric=.")
         metric = LogProbability(pair.answer) if pair.wrong is None else LogitDifference(pair.answer, pair.wrong)
     if jax.tree.structure(metric) == jax.tree.structure(0):  # a leaf: a plain function
-        return Partial(metric)
-    return jax.tree.map(jnp.asarray, metric)
+        metric = Partial(metric)
+    _check_places(metric, pair.seq, vocab_size)
+    metric = jax.tree.map(jnp.asarray, metric)
+    found = jax.eval_shape(_applied, metric, jax.ShapeDtypeStruct((2, pair.seq, vocab_size), jnp.float32))
+    if getattr(found, "shape", None) != (2,) or not jnp.issubdtype(found.dtype, jnp.floating):
+        shown = f"{found.dtype}{list(found.shape)}" if hasattr(found, "shape") else type(found).__name__
+        raise ValueError(
+            f"Of the logits [2, {pair.seq}, {vocab_size}] of two rows the metric gives {shown}; it must give one "
+            "floating-point number a row, [2]."
+        )
+    return metric
+
+
+def _check_places(metric: Any, seq: int, vocab_size: int) -> None:
+    """Refuses tokens and positions that indexing would silently move to the nearest that there is."""
+    limits = {"answer": (0, vocab_size), "wrong": (0, vocab_size), "position": (-seq, seq)}
+    for name, (low, end) in limits.items():
+        if type(metric) in (LogitDifference, LogProbability, KL) and hasattr(metric, name):
+            at = np.asarray(getattr(metric, name))
+            if ((at < low) | (at >= end)).any():
+                raise ValueError(f"The metric's {name} is {at}; it can be {low} to {end - 1}.")
+
+
+def _applied(metric: Any, logits: Any) -> Any:
+    return metric(logits)
 
 
 def at_one_position(metric: Any) -> tuple[Any, Any] | None:

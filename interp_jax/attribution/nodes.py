@@ -57,9 +57,9 @@ class Nodes:
 
     site: str
     """The site's name."""
-    by: str | tuple[str, ...] | None = None
+    by: str | Sequence[str] | None = None
     """The axes that tell nodes apart; None for the site's usual ones, () for one node a layer."""
-    layers: int | tuple[int, ...] | None = None
+    layers: int | Sequence[int] | None = None
     """The layers; None for all that have the site."""
 
 
@@ -213,7 +213,9 @@ def _resolved(nodes: Nodes, table: SiteTable, model_name: str) -> Family:
         raise ValueError(_no_such("site", nodes.site, {row.name: None for row in table}, model_name))
     layers = tuple(rows)
     if nodes.layers is not None:
-        layers = (nodes.layers,) if isinstance(nodes.layers, int) else nodes.layers
+        layers = (nodes.layers,) if isinstance(nodes.layers, int) else tuple(nodes.layers)
+        if not layers:
+            raise ValueError(f"The nodes of {nodes.site} name no layer; leave layers= out for all that have the site.")
         if missing := [layer for layer in layers if layer not in rows]:
             raise ValueError(
                 f"{model_name} has no {nodes.site} in layer {', '.join(map(str, missing))}; there is one in layers "

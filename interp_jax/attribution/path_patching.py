@@ -34,7 +34,8 @@ from interp_jax.attribution.activation_patching import (
     rows_that_fit,
     site_values,
 )
-from interp_jax.attribution.metric import Metric, check_varies, metric_of
+from interp_jax.attribution.measured_pass import MeasuredPass, measured_on_both
+from interp_jax.attribution.metric import Metric, metric_of
 from interp_jax.attribution.nodes import Family, Node, Nodes, resolve
 from interp_jax.attribution.prompt_pair import PromptPair
 from interp_jax.instrument import iterate
@@ -84,12 +85,12 @@ def path_patching(
     _check_blocks(senders, receivers)
     frozen, flags = _frozen(language_model, senders, pair.seq)
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
-    measured = metric_of(metric, pair)
-    clean, corrupted = _both(language_model.forward, language_model.params, tokens, measured)
-    check_varies(clean, corrupted)
+    measured = metric_of(metric, pair, language_model.vocab_size)
+    run = MeasuredPass(language_model.forward, language_model.params, measured, None)
+    clean, corrupted = measured_on_both(run, tokens)
     if direction == "denoising":
         tokens = tokens[::-1]
-    base = float(clean if direction == "noising" else corrupted)
+    base = clean if direction == "noising" else corrupted
 
     def arguments(begin: int, rows: int) -> tuple[Any, ...]:
         def part(masks: np.ndarray) -> np.ndarray:
@@ -149,11 +150,6 @@ def _frozen(
             families += resolve(language_model, Nodes(_BLOCKS[family.site][0], by=(), layers=layers), seq)
             flags.append(~is_frozen)
     return tuple(families), flags
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _both(forward: Forward, params: Any, tokens: Any, metric: Any) -> Float[Array, "2"]:
-    return metric(forward(params, tokens))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -11,11 +11,14 @@ import dataclasses
 import itertools
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from interp_jax.models.language_model import LanguageModel
 
 __all__ = ["PromptPair", "prompt_pair"]
+
+Token = str | int | np.integer | Array
+"""A token's text or its id, which may be an array of one number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +63,8 @@ def prompt_pair(
     clean: str,
     corrupted: str,
     *,
-    answer: str | int | None = None,
-    wrong: str | int | None = None,
+    answer: Token | None = None,
+    wrong: Token | None = None,
     align: str | None = None,
 ) -> PromptPair:
     """Encodes two prompts and their answers.
@@ -124,13 +127,15 @@ def _aligned(language_model: LanguageModel, rows: list[list[int]], align: str | 
     return [[*row[:start], *[filler] * (max(lengths) - len(row)), *row[start:]] for row in rows]
 
 
-def _one_token(language_model: LanguageModel, text: str | int | None, what: str) -> int | None:
+def _one_token(language_model: LanguageModel, text: Token | None, what: str) -> int | None:
     if text is None:
         return None
-    if isinstance(text, int):
-        if not 0 <= text < language_model.vocab_size:
+    if not isinstance(text, str):
+        if np.ndim(text) or not np.issubdtype(np.asarray(text).dtype, np.integer):
+            raise ValueError(f"{what}={text!r} is not one token: give its text or its id.")
+        if not 0 <= int(text) < language_model.vocab_size:
             raise ValueError(f"{what}={text} is no token: the ids are 0 to {language_model.vocab_size - 1}.")
-        return text
+        return int(text)
     ids = language_model.tokenizer.encode(text)
     if len(ids) == 1:
         return ids[0]

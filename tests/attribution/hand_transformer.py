@@ -77,14 +77,16 @@ def run_by_hand(model, tokens, replaced=()):
         is_seen = (distance >= 0) & ((distance < c.window) if c.is_local[layer] else True)
         scores = np.where(is_seen, scores, -np.inf)
         probs = np.exp(scores - scores.max(-1, keepdims=True))
-        probs /= probs.sum(-1, keepdims=True)
+        probs = stop(probs / probs.sum(-1, keepdims=True), "attn_probs", layer)
         heads = stop(np.einsum("hqk,khe->qhe", probs, v), "attn_heads", layer)
         attn_out = np.einsum("qhe,hed->qd", heads, p[f"{here}.attn.W_o"]) + p.get(f"{here}.attn.b_o", 0)
         if c.post_norms:
             attn_out = norm(attn_out, f"{here}.attn_post_norm")
+        attn_out = stop(attn_out, "attn_out", layer)
         mlp_out = mlp(norm(x if c.parallel_residual else x + attn_out, f"{here}.mlp_norm"), layer)
         if c.post_norms:
             mlp_out = norm(mlp_out, f"{here}.mlp_post_norm")
+        mlp_out = stop(mlp_out, "mlp_out", layer)
         x = stop(x + attn_out + mlp_out, "resid_post", layer)
     x = norm(x, "final_norm")
     logits = x @ (p["W_embed"].T if c.tied_embeddings else p["W_unembed"]) + p.get("b_unembed", 0)

@@ -107,6 +107,10 @@ def test_bad_input_is_refused():
         atp(model, pair, Nodes("q"))
     with pytest.raises(ValueError, match="does not tell them apart"):
         atp(model, pair, Nodes("resid_post"), metric=_first)
+    counted, traces = counting(model)
+    with pytest.raises(ValueError, match="does not tell them apart"):
+        integrated_gradients(counted, pair, Nodes("resid_post"), metric=_first)
+    assert len(traces) == 2  # its sites, and both prompts' metric: nothing else is compiled before
     with pytest.raises(ValueError, match="where the path is laid"):
         integrated_gradients(model, pair, Nodes("embed"))
     with pytest.raises(ValueError, match="at least 1"):

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hand_models import as_model, counting, pair_of
+from hand_transformer import run_by_hand
+from small_models import small_model, small_tokens
 
 import interp_jax as ij
 from interp_jax.attribution.activation_patching import activation_patching
@@ -232,16 +234,69 @@ def test_grad_drop_is_the_mean_over_cut_models(grouped):
     assert (scores.flat >= 0).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma", "neox"])
+def test_both_fixes_by_finite_differences_in_numpy(family):
+    """Gemma's kind: key-value heads of two query heads, normed queries and keys, capped logits, a local layer."""
+    model = small_model(family, layers="stacked", n_layers=3)
+    pair = pair_of(*np.asarray(small_tokens()), 3, 11)
+    (_, here), (_, there) = (run_by_hand(model, row) for row in (pair.clean, pair.corrupted))
+    n_heads, everything = {"q": 4, "k": here[0, "k"].shape[1]}, np.ones((7, 12), bool)
+
+    def measured(replaced):
+        logits = run_by_hand(model, pair.clean, replaced)[0][-1]
+        return logits[3] - logits[11]
+
+    def slope(layer, name, place, dropped, step=1e-4):
+        """With what the dropped layer adds to the stream held where it is."""
+        added = () if dropped is None else ("attn_out", "mlp_out")
+        held = [(dropped, name, everything, here[dropped, name]) for name in added]
+        ends = []
+        for sign in (1, -1):
+            moved = here[layer, name].copy()
+            moved[place] += sign * step
+            ends.append(measured([*held, (layer, name, place, moved)]))
+        return (ends[0] - ends[1]) / (2 * step)
+
+    def through_softmax(layer, which, position, head, dropped=None):
+        replaced = [(layer, which, (position, head), there[layer, which])]
+        change = run_by_hand(model, pair.clean, replaced)[1][layer, "attn_probs"] - here[layer, "attn_probs"]
+        places = [tuple(place) for place in np.argwhere(np.abs(change) > 0)]
+        return sum(change[place] * slope(layer, "attn_probs", place, dropped) for place in places)
+
+    fixed = atp_star(model, pair, [Nodes("q"), Nodes("k")], grad_drop=False)
+    scores = atp_star(model, pair, [Nodes("q"), Nodes("k"), Nodes("attn_heads", by=("position", "head", "unit"))])
+    for layer, which, position in ((0, "q", 5), (0, "k", 4), (1, "q", 6), (1, "k", 2), (2, "k", 5)):
+        head = n_heads[which] - 1
+        expected = through_softmax(layer, which, position, head)
+        size = np.abs(fixed[layer, which]).max()
+        assert fixed[layer, which][position, head] == pytest.approx(expected, abs=2e-4 * size)
+    for layer, which in ((0, "q"), (2, "k")):
+        others = [abs(through_softmax(layer, which, 5, 1, dropped)) for dropped in range(3) if dropped != layer]
+        assert scores[layer, which][5, 1] == pytest.approx(np.mean(others), abs=2e-4 * scores[layer, which].max())
+    difference = there[1, "attn_heads"] - here[1, "attn_heads"]
+    for place in ((6, 0, 3), (5, 2, 1)):
+        others = [abs(difference[place] * slope(1, "attn_heads", place, dropped)) for dropped in (0, 2)]
+        expected = pytest.approx(np.mean(others), abs=2e-4 * scores[1, "attn_heads"].max())
+        assert scores[1, "attn_heads"][place] == expected
+
+
 def test_compiled_once_a_shape_and_bad_input(saturated_model):
     model, traces = counting(saturated_model)
     nodes = [Nodes("q"), Nodes("attn_out")]
-    atp_star(model, pair_of((0, 1, 2, 3), (0, 1, 2, 4), 0, 1), nodes)
+    atp_star(model, pair_of((0, 1, 2, 3), (0, 1, 2, 4), 0, 1), nodes, grad_drop=False)
     before = len(traces)
-    atp_star(model, pair_of((1, 0, 2, 4), (1, 0, 2, 3), 0, 2), nodes)
+    atp_star(model, pair_of((1, 0, 2, 4), (1, 0, 2, 3), 0, 2), nodes, grad_drop=False)
     assert len(traces) == before
     with pytest.raises(ValueError, match="does not tell them apart"):
-        atp_star(model, pair_of((0, 1, 2, 3), (0, 1, 2, 4), 0, 1), nodes, metric=_first)
+        atp_star(model, pair_of((0, 1, 2, 3), (0, 1, 2, 4), 0, 1), nodes, metric=_first, grad_drop=False)
+    with pytest.raises(ValueError, match="by hand has one alone"):
+        atp_star(model, pair_of((0, 1, 2, 3), (0, 1, 2, 4), 0, 1), nodes)
     without = as_model(cancelling, {"embed": np.eye(2, dtype=np.float32)}, n_layers=3, d_model=2, vocab_size=2)
+    counted, traces = counting(without)
+    with pytest.raises(ValueError, match="does not tell them apart"):
+        atp_star(counted, pair_of((0, 0), (0, 1), 0, 1), Nodes("attn_out"), metric=_first)
+    assert len(traces) == 2  # its sites, and both prompts' metric: nothing else is compiled before
     with pytest.raises(ValueError, match="no site 'q'"):
         atp_star(without, pair_of((0, 0), (0, 1), 0, 1), Nodes("q"))
     with pytest.raises(ValueError, match="for whole heads: name q"):

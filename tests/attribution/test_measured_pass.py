@@ -26,7 +26,7 @@ REFERENCE = jax.nn.log_softmax(jnp.arange(23.0))
 @pytest.mark.parametrize("metric", [None, LogProbability(4, 2), KL(REFERENCE, -3), LogitDifference(1, 2, 0)])
 def test_logits_are_of_the_metrics_position_alone(metric):
     model = small_model("neox", layers="stacked")
-    wanted = metric_of(metric, PAIR)
+    wanted = metric_of(metric, PAIR, 23)
     run = measured_pass(model, resolve(model, Nodes("resid_post"), 7), wanted)
     logits = jax.jit(run.forward)(run.params, TOKENS)
     assert logits.shape == (2, 1, model.vocab_size)
@@ -36,9 +36,9 @@ def test_logits_are_of_the_metrics_position_alone(metric):
 
 def test_what_needs_all_logits_has_them():
     model = small_model()
-    families, loss = resolve(model, Nodes("resid_post"), 7), metric_of(Loss(TOKENS[0]), PAIR)
+    families, loss = resolve(model, Nodes("resid_post"), 7), metric_of(Loss(TOKENS[0]), PAIR, 23)
     assert measured_pass(model, families, loss)[:3] == (transformer.apply, model.params, loss)
-    ends, own = resolve(model, [Nodes("resid_post"), Nodes("final_norm")], 7), metric_of(None, PAIR)
+    ends, own = resolve(model, [Nodes("resid_post"), Nodes("final_norm")], 7), metric_of(None, PAIR, 23)
     assert measured_pass(model, ends, own)[:3] == (transformer.apply, model.params, own)
     other = foreign(model)
     assert measured_pass(other, families, own) == (other.forward, model.params, own, None)

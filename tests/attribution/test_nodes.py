@@ -18,6 +18,7 @@ def test_families_have_the_models_shapes(tiny):
     assert (probs.by, probs.shape) == (("head", "position", "key"), (4, 6, 6))
     assert (neurons.layers, neurons.by_shape) == ((3, 1), (6, 352))
     assert embed.layers == (None,)
+    assert resolve(tiny, Nodes("q", by=["head"], layers=[2, 0]), 6) == resolve(tiny, Nodes("q", "head", (2, 0)), 6)
     (whole_heads,) = resolve(tiny, Nodes("attn_heads", by="head"), seq=6)
     value = jnp.arange(6 * 4 * 32, dtype=jnp.float32).reshape(6, 4, 32)
     np.testing.assert_allclose(whole_heads.summed(value), value.sum((0, 2)))
@@ -33,6 +34,7 @@ def test_families_have_the_models_shapes(tiny):
         (Nodes("resid_post", layers=9), "no resid_post in layer 9; there is one in layers 0, 1, 2, 3"),
         (Nodes("resid_post", by="head"), "no axis head; it has position, unit"),
         (Nodes("resid_post", layers=(1, 1)), "named twice"),
+        (Nodes("resid_post", layers=()), "name no layer"),
         ([], "no nodes"),
         ([Nodes("q"), Nodes("q", by="head")], "have the site q"),
     ],

@@ -1,5 +1,6 @@
 """Pairs of prompts: what is encoded, and what is refused."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,9 @@ def test_a_pair_is_the_models_tokens_with_readable_labels(tiny, pair):
 
 
 def test_an_answer_may_be_an_id(tiny):
-    assert prompt_pair(tiny, "The city", "The war", answer=7).answer == 7
+    for given in (7, np.int64(7), jnp.array(7)):
+        answer = prompt_pair(tiny, "The city", "The war", answer=given).answer
+        assert (answer, type(answer)) == (7, int)
     with pytest.raises(ValueError, match="ids are 0 to 2047"):
         prompt_pair(tiny, "The city", "The war", answer=2048)
 
@@ -48,6 +51,7 @@ def test_align_puts_a_token_before_the_shorter_prompt(tiny):
         ({"answer": ""}, "no token at all"),
         ({"answer": " war", "wrong": " war"}, "are the same"),
         ({"wrong": " war"}, "no answer to compare"),
+        ({"answer": jnp.array([3, 5])}, r"answer=.*\[3, 5\].* is not one token: give its text or its id"),
     ],
 )
 def test_answers_that_are_no_single_token_are_refused(tiny, given, message):
