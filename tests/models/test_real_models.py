@@ -8,6 +8,8 @@ import pytorch_real_models
 
 import interp_jax as ij
 from interp_jax import installed_data
+from interp_jax.activations.wikipedia import reference_rows
+from interp_jax.models.loss import next_token_loss
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo, pytest.mark.caches]
 
@@ -41,6 +43,22 @@ def test_logits_are_pytorch_s(model, reference):
         logits = forward(model.params, jnp.asarray(expected["ids"][None]))[0]
         np.testing.assert_allclose(logits[:, tokens], expected["logits"], rtol=0, atol=2e-4)
         np.testing.assert_allclose(jax.nn.logsumexp(logits, axis=1), expected["logsumexp"], rtol=0, atol=2e-4)
+
+
+# Layers, width, vocabulary; and the loss on `reference_rows`, each begun by the bos token where the model expects one:
+# SmolLM2's is that of transformers on PyTorch with the same file, Gemma's that of the library `gemma`.
+SIZES = {"smollm2": (30, 576, 49152), "gemma3": (18, 640, 262144)}
+LOSSES = {"smollm2": 3.136101, "gemma3": 3.17692}
+
+
+def test_losses_are_the_references(model, name):
+    assert (model.n_layers, model.d_model, model.vocab_size) == SIZES[name]
+    rows = reference_rows(model.tokenizer)
+    if model.tokenizer.bos_id is not None:
+        rows = np.insert(rows[:, :127], 0, model.tokenizer.bos_id, axis=1)
+    loss = jax.jit(lambda params, part: next_token_loss(model.forward(params, part), part))
+    found = np.mean([loss(model.params, part) for part in np.split(jnp.asarray(rows), 8)])
+    assert float(found) == pytest.approx(LOSSES[name], abs=2e-4)
 
 
 def test_the_likeliest_continuations_are_pytorch_s(model, reference):
