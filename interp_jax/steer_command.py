@@ -7,7 +7,7 @@ A study's folder:
 
     index.html             the frontiers on one figure, the numbers, texts beside one another, latents
     frontier.svg           that figure by itself
-    study.json             settings and all points
+    study.json             settings, all points, and the loss of each row of text
     rollouts/METHOD.json   every continuation, from which the frontier can be computed again
     vectors/METHOD.safetensors
 """
@@ -31,12 +31,13 @@ from interp_jax.report.pictures import picture_file, steering_frontier
 from interp_jax.report.steering_page import comparison, steering_page
 from interp_jax.sae import Autoencoder, load_sae
 from interp_jax.steering.contrast import from_pair
-from interp_jax.steering.decomposition import decompose
+from interp_jax.steering.decomposition import Decomposition, decompose
+from interp_jax.steering.edits import check_edits
 from interp_jax.steering.positions import Stretch
 from interp_jax.steering.prompts import begin_id, begun
 from interp_jax.steering.reading_activations import activations_of
 from interp_jax.steering.reading_vector import read_vector
-from interp_jax.steering.steer import steer
+from interp_jax.steering.steer import finite_coefficients, steer
 from interp_jax.steering.steering_vector import SteeringVector
 from interp_jax.steering.study import Concept, Method, MethodResult, Strengths, methods_of, run_method
 from interp_jax.steering.vocabulary import Vocabulary
@@ -69,11 +70,11 @@ def steer_once(
     vector: pathlib.Path | None = None,
     model: str = "smollm2",
     layer: int | None = None,
-    site: str = "resid_post",
+    site: str | None = None,
     coefficient: tuple[float, ...] = (2.0,),
     norm: float | None = None,
     once: bool = False,
-    positions: Stretch = "all",
+    positions: Stretch | None = None,
     pad: str = " ",
     max_new_tokens: int = 40,
     temperature: float = 0.0,
@@ -94,11 +95,12 @@ def steer_once(
         vector: A saved vector, instead of the two texts; it says itself at which layer and site.
         model: `tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file.
         layer: The layer; the middle one when left out.
-        site: The site; `interp-jax sites MODEL` lists them.
+        site: The site, resid_post when left out; `interp-jax sites MODEL` lists them.
         coefficient: How many times the difference is added; several are shown beside one another.
         norm: Scale the vector to this norm first, in the units of the activation.
         once: Add each position's difference at that position of the prompt, and not the mean of all everywhere.
-        positions: Where the mean is added: at `all` positions, in the `prompt`, or at what is `generated`.
+        positions: Where the mean, or the saved vector, is added: at `all` positions, in the `prompt`, or at what is
+            `generated`.
         pad: What the shorter text is filled up with, a text of one token.
         max_new_tokens: How many tokens to generate at most.
         temperature: 0 takes the likeliest token; above it, tokens are drawn.
@@ -113,7 +115,18 @@ def steer_once(
     """
     if (vector is None) == (positive is None or negative is None):
         raise ValueError("Give --positive and --negative, two texts, or --vector, a file that --save wrote.")
+    if once and (positions is not None or vector is not None):
+        raise ValueError("--once keeps the positions of two texts; leave out --positions and --vector, or --once.")
+    if html is not None and n_seeds < 1:
+        raise ValueError(f"--n-seeds {n_seeds} gives no rollout to judge; pass at least 1.")
+    coefficients = (0.0, *(c for c in coefficient if c))
+    finite_coefficients(coefficients)
     judge = _judge(words, positive) if html is not None else None
+    loaded = None if vector is None else SteeringVector.load(vector)
+    if loaded is not None:
+        for name, own, got in (("layer", loaded.layer, layer), ("site", loaded.site, site)):
+            if got not in (None, own):
+                raise ValueError(f"{vector} is for {name} {own}, got --{name} {got}; leave --{name} out.")
     autoencoder = None if sae is None else load_sae(sae)
     rows = np.zeros((0, _CONTEXT), np.int32)
     if html is not None or autoencoder is not None:
@@ -125,18 +138,19 @@ def steer_once(
         with working(f"Loading {model}"):
             language_model = load(model)
         layer = language_model.layer_or_middle(layer)
-    if vector is not None:
-        made = SteeringVector.load(vector)
+    if loaded is not None:
+        made = loaded if positions is None else loaded.at(positions)
     else:
         assert positive is not None
         assert negative is not None
-        made = from_pair(language_model, positive, negative, layer=layer, site=site, pad=pad)
-        made = made if once else made.mean().at(positions)
+        made = from_pair(language_model, positive, negative, layer=layer, site=site or "resid_post", pad=pad)
+        made = made if once else made.mean().at(positions or "all")
     made = made if norm is None else made.to_norm(norm)
+    check_edits(made, language_model, [len(begun(language_model, prompt))])
+    parts = None if sae is None or autoencoder is None else _decomposed(made, autoencoder, sae)
     if save is not None:
         made.save(save)
         print(f"The vector is in {save}.")
-    coefficients = (0.0, *(c for c in coefficient if c))
     key = jax.random.key(seed)
     with working("Compiling and generating"):
         found = steer(
@@ -148,8 +162,8 @@ def steer_once(
         name = "unsteered" if one.coefficient == 0 else f"{one.coefficient:g} times"
         print(f"--- {name}\n{prompt}{one.text}")
     reading = None
-    if autoencoder is not None:
-        reading = read_vector(decompose(made, autoencoder), language_model, sae=autoencoder, tokens=rows)
+    if parts is not None:
+        reading = read_vector(parts, language_model, sae=autoencoder, tokens=rows)
         print(f"--- what it is made of\n{reading}")
     if html is None:
         return
@@ -214,6 +228,9 @@ def run_study(
     language_model, layer, _, held_out = model_and_rows(
         model, layer, text, context=_CONTEXT - 1, n_tokens=0, n_held_out=n_held_out
     )
+    chosen.check(language_model)
+    if sae is not None:
+        _check_home(sae, layer, site)
     rows = _begun_rows(language_model, held_out)
     with working("Reading activations"):
         values = activations_of(language_model, rows.tolist(), site=site, layer=layer)
@@ -241,7 +258,10 @@ def run_study(
     setting = _setting(language_model, layer, site, chosen, results[0], rows, chosen.judge)
     setting |= {"usual_norm": usual_norm, "sae": None if sae is None else str(sae), "text": text}
     points = [point for result in results for point in result.points]
-    described = [{"name": method.name, "about": method.about, "adds_once": method.adds_once} for method in methods]
+    described = [
+        {"name": method.name, "about": method.about, "adds_once": method.adds_once, "losses": result.losses.tolist()}
+        for method, result in zip(methods, results, strict=True)
+    ]
     facts = {"setting": setting, "methods": described, "points": [dataclasses.asdict(point) for point in points]}
     write_whole(out / "study.json", json.dumps(facts, indent=1, ensure_ascii=False))
     page = steering_page(
@@ -284,7 +304,27 @@ def _judge(words: str | None, positive: str | None) -> Vocabulary:
         return Vocabulary.of(own, "the words of --positive")
     if pathlib.Path(words).is_file():
         return Vocabulary.from_file(words)
+    if "," not in words and (pathlib.Path(words).suffix or "/" in words):
+        raise ValueError(f"There is no file {words} of --words; give a file of one word a line, or words with commas.")
     return Vocabulary.of([word for word in words.split(",") if word.strip()], "given as --words")
+
+
+def _decomposed(vector: SteeringVector, autoencoder: Autoencoder, folder: pathlib.Path) -> Decomposition:
+    """The vector in the autoencoder's latents, which must be of the same site."""
+    _check_home(folder, vector.layer, vector.site)
+    return decompose(vector, autoencoder)
+
+
+def _check_home(folder: pathlib.Path, layer: int | None, site: str) -> None:
+    """Refuses an autoencoder that says it is of another site than the one that is steered; many do not say it."""
+    file = folder / "cfg.json"
+    facts = json.loads(file.read_text("utf-8")).get("metadata") if file.is_file() else None
+    said = re.fullmatch(r"(\w+)\.(\d+)", str((facts or {}).get("hook_name")))
+    if said and (said[1], int(said[2])) != (site, layer):
+        raise ValueError(
+            f"{folder} is an autoencoder of {said[1]} of layer {said[2]}, and {site} of layer {layer} is steered. "
+            f"Pass --site {said[1]} --layer {said[2]}, or another --sae."
+        )
 
 
 def _said(vector: SteeringVector) -> str:

@@ -13,7 +13,7 @@ from interp_jax.report.steering_page import comparison, steering_page
 from interp_jax.sae import ReLUSAE
 from interp_jax.sae.saelens import save_saelens
 from interp_jax.steering import Rollouts, SteeringVector, Vocabulary, steer
-from interp_jax.steering.frontier import FrontierPoint, is_pareto
+from interp_jax.steering.frontier import FrontierPoint, frontier, is_pareto
 
 pytestmark = pytest.mark.caches  # The leak checker would trace every small operation anew.
 
@@ -76,6 +76,12 @@ def test_a_study_s_frontier_can_be_computed_again_from_its_rollouts(tmp_path, mo
         hits = Rollouts.load(file).successes(judge)
         assert [point["success"] for point in points] == pytest.approx(hits.mean(axis=1).tolist())
         on = is_pareto(hits.mean(axis=1), np.asarray([point["loss"] for point in points]))
+        losses = np.asarray(next(method["losses"] for method in facts["methods"] if method["name"] == name))
+        assert [point["loss"] for point in points] == pytest.approx(losses.mean(axis=1).tolist())
+        again = frontier(name, [point["coefficient"] for point in points], hits, losses)
+        for point, one in zip(points, again, strict=True):
+            assert point["loss_interval"] == pytest.approx(list(one.loss_interval))
+            assert point["success_interval"] == pytest.approx(list(one.success_interval))
         assert [point["is_on_frontier"] for point in points] == on.tolist()
     assert SteeringVector.load(out / "vectors" / "mean_difference.safetensors").layer == 2
     assert (out / "frontier.svg").read_text().startswith("<svg xmlns=")
@@ -118,12 +124,40 @@ def test_the_page_of_one_prompt(tmp_path, monkeypatch, sae_folder):
     assert page.tags.count("svg") == 1
 
 
+PAIR = ["x", "--positive", "river", "--negative", "king"]
+
+
+def test_a_saved_vector_is_not_taken_elsewhere_in_silence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("interp_jax.steer_command.load", lambda name: pytest.fail("it was loaded"))
+    SteeringVector(np.ones(128), 1).save(tmp_path / "v.safetensors")
+    for option, said in (
+        (("--layer", 2), "for layer 1, got --layer 2"),
+        (("--site", "mlp_out"), "for site resid_post"),
+    ):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "x", "--vector", tmp_path / "v.safetensors", *option)
+        assert said in capsys.readouterr().err
+
+
+def test_a_dictionary_of_another_layer_is_refused(tmp_path, monkeypatch, capsys):
+    sae = ReLUSAE.random(128, 64, key=jax.random.key(0))
+    save_saelens(sae, tmp_path / "sae", model_name="tiny-wikipedia", hook_name="resid_post.3")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *PAIR, "--model", "tiny", "--sae", tmp_path / "sae", "--layer", 1)
+    assert "an autoencoder of resid_post of layer 3, and resid_post of layer 1 is steered" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["x"], "Give --positive and --negative"),
         (["x", "--positive", "a", "--negative", "b", "--vector", "v"], "Give --positive and --negative"),
         (["x", "--positive", "a", "--negative", "b", "--html", "p.html"], "What makes a rollout successful"),
+        ([*PAIR, "--coefficient", "nan"], "coefficient nan is not a finite"),
+        ([*PAIR, "--once", "--positions", "all"], "--once keeps the positions of two texts"),
+        ([*PAIR, "--html", "p.html", "--words", "rivers.txt"], "There is no file rivers.txt of --words"),
+        ([*PAIR, "--html", "p.html", "--words", "a", "--n-seeds", "0"], "--n-seeds 0 gives no rollout"),
+        (["x", "--vector", "v"], "There is no steering vector at v"),
         (["study", "joy"], "There is no study joy"),
     ],
 )

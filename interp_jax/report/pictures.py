@@ -58,6 +58,7 @@ _ON_WHITE = {
     "var(--ground)": "#ffffff",
 }
 _WAYS = (("*", "none"), ("s", ":"), ("o", "-"), ("D", "--"))
+_MARKERS = "oDs^vPX*<>dhp"  # not ten, as the colours are: the eleventh of a study differs from the first in its mark
 _SERIES = ((_FIRST, "o"), (_SECOND, "D"), (_INK, "s"), (_MUTED, "^"))
 
 _STYLE: dict[Any, Any] = {
@@ -223,7 +224,7 @@ def steering_frontier(points: Sequence[FrontierPoint]) -> Markup:
         for number, method in enumerate(methods):
             mine = [point for point in points if point.method == method]
             color = _SERIES[number][0] if number < 2 else f"C{number % 10}"
-            marker = "oDs^vPX*<>"[number % 10]
+            marker = _MARKERS[number % len(_MARKERS)]
             x, y = [point.loss for point in mine], [point.success for point in mine]
             low = [max(0.0, point.success - point.success_interval[0]) for point in mine]
             high = [max(0.0, point.success_interval[1] - point.success) for point in mine]

@@ -49,7 +49,7 @@ def from_pair(
         added everywhere.
 
     Raises:
-        ValueError: if the lengths differ and there is no `pad`, or a position is outside the texts.
+        ValueError: if the lengths differ and there is no `pad`, or a position is outside the texts or named twice.
     """
     layer = language_model.layer_or_middle(layer)
     rows = padded_pair(language_model, positive, negative, pad)
@@ -63,6 +63,8 @@ def from_pair(
             f"{language_model.tokenizer.readable(rows[0].tolist())}. Their positions are 0 to {length - 1}."
         )
     kept = tuple(at % length for at in kept)
+    if len(set(kept)) < len(kept):
+        raise ValueError(f"positions={positions} name a token of the texts' {length} twice.")
     source = f"{positive!r} minus {negative!r}" + ("" if pad is None else f", padded with {pad!r}")
     return SteeringVector((first - second)[list(kept)], layer, site, source, kept, language_model.name)
 

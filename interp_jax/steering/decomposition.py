@@ -28,7 +28,7 @@ from interp_jax.steering.prompts import n_begin, padded_pair
 from interp_jax.steering.reading_activations import activations_of
 from interp_jax.steering.steering_vector import SteeringVector
 
-__all__ = ["Decomposition", "LatentPart", "codes_of", "decompose", "from_latents", "latent_difference"]
+__all__ = ["Decomposition", "LatentPart", "codes_of", "decompose", "dictionary_of", "from_latents", "latent_difference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def decompose(vector: SteeringVector, sae: Autoencoder) -> Decomposition:
     _check_width(vector.width, sae)
     bias = sae.decode(jnp.zeros(sae.d_sae))
     codes = np.asarray(codes_of(sae, jnp.asarray(vector.rows) + bias))
-    return Decomposition(_parts(codes), _dictionary(sae), vector)
+    return Decomposition(_parts(codes), dictionary_of(sae), vector)
 
 
 def latent_difference(
@@ -172,7 +172,7 @@ def latent_difference(
     source = f"codes of {positive!r} minus codes of {negative!r}" + ("" if pad is None else f", padded with {pad!r}")
     positions = tuple(range(start, len(first)))
     original = SteeringVector((first - second)[start:], layer, site, source, positions, language_model.name)
-    return Decomposition(_parts(codes[0] - codes[1]), _dictionary(sae), original)
+    return Decomposition(_parts(codes[0] - codes[1]), dictionary_of(sae), original)
 
 
 def from_latents(
@@ -196,7 +196,7 @@ def from_latents(
     Raises:
         ValueError: if a latent does not exist, or has no direction.
     """
-    dictionary = _dictionary(sae)
+    dictionary = dictionary_of(sae)
     wrong = [latent for latent in codes if not 0 <= latent < len(dictionary)]
     if wrong or not codes:
         raise ValueError(f"The latents are {list(codes)}; expected at least one of 0 to {len(dictionary) - 1}.")
@@ -216,17 +216,21 @@ def codes_of(sae: Autoencoder, values: Float[Array, "rows width"]) -> Float[Arra
     return sae.encode(values)
 
 
+def dictionary_of(sae: Autoencoder) -> Float[np.ndarray, "d_sae width"]:
+    """Decoder rows of any autoencoder, or of a pursuit's: what each latent adds to the decoded code.
+
+    Args:
+        sae: the autoencoder.
+    """
+    inner: Any = getattr(sae, "sae", sae)  # a pursuit's own autoencoder
+    return np.asarray(inner.W_dec[...], np.float32)
+
+
 def _parts(codes: Float[np.ndarray, "rows d_sae"]) -> tuple[LatentPart, ...]:
     rows, latents = np.nonzero(codes)
     return tuple(
         LatentPart(int(latent), int(row), float(codes[row, latent])) for row, latent in zip(rows, latents, strict=True)
     )
-
-
-def _dictionary(sae: Autoencoder) -> Float[np.ndarray, "d_sae width"]:
-    """Decoder rows of any autoencoder: what each latent adds to the decoded code."""
-    inner: Any = getattr(sae, "sae", sae)  # a pursuit's own autoencoder
-    return np.asarray(inner.W_dec[...], np.float32)
 
 
 def _check_width(width: int, sae: Autoencoder) -> None:

@@ -1,8 +1,11 @@
 """What steering does to an activation: edits, which are pytrees, so that one program serves all their numbers.
 
 An edit knows its site, its layer and where in a row it acts, and has a strength that may differ from row to row of the
-batch. `steered_forward` makes of a forward pass one with edits in it; `steer` and `sweep` put the same edits into
+batch. `steered_forward` makes of a forward pass one with edits in it; `steer` and `roll_out` put the same edits into
 generation. Several edits at one site act in the given order.
+
+What is too large is refused before anything runs. A norm inside the model squares what is added; where the square
+overflows it divides by infinity, and every logit is 0: finite, and nonsense.
 """
 
 import dataclasses
@@ -11,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -20,7 +24,7 @@ from interp_jax.instrument import Activation, iterate
 from interp_jax.models.decoding import Place
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.sae import Autoencoder
-from interp_jax.steering.positions import Positions, Stretch, check_positions, is_at, is_in
+from interp_jax.steering.positions import Positions, check_positions, is_any_of, is_at, is_in
 from interp_jax.steering.steering_vector import SteeringVector
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "add_vector",
     "apply_edits",
     "check_edits",
+    "check_strengths",
     "clamp_latents",
     "places_of",
     "steered_forward",
@@ -72,7 +77,7 @@ class Edit(Protocol):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["rows", "strengths"],
-    meta_fields=["site", "layer", "positions"],
+    meta_fields=["site", "layer", "positions", "model"],
 )
 @dataclasses.dataclass(frozen=True)
 class AddVector:
@@ -85,6 +90,8 @@ class AddVector:
     site: str
     layer: int | None
     positions: Positions
+    model: str = ""
+    """The name of the model that the vector is of; "" is for any."""
 
     @property
     def width(self) -> int:
@@ -126,7 +133,7 @@ class ClampLatents:
     """Whether the activation keeps what the dictionary does not reconstruct. If not, it is the decoded code."""
     site: str
     layer: int | None
-    positions: Stretch
+    positions: Positions
 
     @property
     def width(self) -> int:
@@ -147,7 +154,7 @@ class ClampLatents:
             new = wide + self.sae.decode(clamped) - self.sae.decode(codes)
         else:
             new = self.sae.decode(clamped) + self.sae.skipped(wide)
-        acts = is_in(self.positions, place) & (self.strengths != 0)[:, None]
+        acts = is_any_of(self.positions, place) & (self.strengths != 0)[:, None]
         return jnp.where(acts[..., None], new.astype(value.dtype), value)
 
 
@@ -157,10 +164,16 @@ def add_vector(vector: SteeringVector, coefficient: float = 1.0) -> AddVector:
     Args:
         vector: the vector, which says where.
         coefficient: how many times it is added.
+
+    Raises:
+        ValueError: if the coefficient is not finite.
     """
     assert vector.positions is not None
+    if isinstance(coefficient, float) and not np.isfinite(coefficient):
+        raise ValueError(f"A vector cannot be added {coefficient} times; give a finite coefficient.")
     strengths = jnp.full(1, coefficient, jnp.float32)
-    return AddVector(jnp.asarray(vector.rows), strengths, vector.site, vector.layer, vector.positions)
+    rows = jnp.asarray(vector.rows)
+    return AddVector(rows, strengths, vector.site, vector.layer, vector.positions, vector.model)
 
 
 def clamp_latents(
@@ -170,7 +183,7 @@ def clamp_latents(
     layer: int | None,
     site: str = "resid_post",
     keeps_error: bool = True,
-    positions: Stretch = "all",
+    positions: Positions = "all",
 ) -> ClampLatents:
     """The edit that sets latents to values, whatever the model would have them be.
 
@@ -181,7 +194,7 @@ def clamp_latents(
         site: the site's name.
         keeps_error: True changes the activation only by what the clamped codes change in its reconstruction; False puts
             the reconstruction in its place, so that the dictionary's error is felt too.
-        positions: a part of every row.
+        positions: where they are set; see `positions`.
 
     Returns:
         The edit. Scaled by 0 it does nothing; by c it clamps to c times the targets.
@@ -194,6 +207,7 @@ def clamp_latents(
             f"A transcoder reads {sae.d_in} and writes {sae.d_out} numbers elsewhere, so its latents cannot be clamped "
             "where they are read."
         )
+    positions = positions if isinstance(positions, str) else tuple(positions)
     check_positions(positions)
     wrong = [latent for latent in targets if not 0 <= latent < sae.d_sae]
     if wrong or not targets:
@@ -252,21 +266,62 @@ def check_edits(edits: Any, language_model: LanguageModel, n_prompt: Sequence[in
     Raises:
         ValueError: if there is none, one is another model's, there is no such layer, or one acts outside a prompt.
     """
-    edits = list(edits) if isinstance(edits, list | tuple) else [edits]
-    if not edits:
-        raise ValueError("There is nothing to steer with; give a SteeringVector or an edit.")
-    for edit in edits:
-        if isinstance(edit, SteeringVector) and edit.model not in ("", language_model.name):
+    given = list(edits) if isinstance(edits, list | tuple) else [edits]
+    made = _as_edits(given)
+    for one, edit in zip(given, made, strict=True):
+        if isinstance(edit, AddVector) and edit.model not in ("", language_model.name):
+            source = one.source if isinstance(one, SteeringVector) else ""
             raise ValueError(
-                f"The vector from {edit.source or 'somewhere'} is of {edit.model}'s activations, and this is "
+                f"The vector from {source or 'somewhere'} is of {edit.model}'s activations, and this is "
                 f"{language_model.name}. Make one from this model; or, if it is meant, set its model to ''."
             )
-    made = tuple(add_vector(edit) if isinstance(edit, SteeringVector) else edit for edit in edits)
-    for edit in made:
         if edit.layer is not None and not 0 <= edit.layer < language_model.n_layers:
             layers = ", ".join(str(i) for i in range(language_model.n_layers))
             raise ValueError(f"{language_model.name} has no layer {edit.layer}; its layers are {layers}.")
         check_positions(edit.positions, n_prompt)
+    return made
+
+
+def check_strengths(edits: tuple[Edit, ...], strengths: Float[np.ndarray, "n"], language_model: LanguageModel) -> None:
+    """Refuses what is so large that float32 does not hold its square.
+
+    Args:
+        edits: the edits; of kinds other than those of this module nothing is known.
+        strengths: those that they are used at.
+        language_model: the model.
+
+    Raises:
+        FloatingPointError: if one is.
+    """
+    largest = 0.0
+    for edit in edits:
+        own = np.abs(np.asarray(edit.strengths, float)).max() if isinstance(edit, AddVector | ClampLatents) else 0.0
+        if isinstance(edit, AddVector):
+            rows = np.asarray(edit.rows, float)
+            largest = max(largest, own * float(np.sqrt(np.square(rows).sum(axis=1)).max()))
+        elif isinstance(edit, ClampLatents):
+            largest = max(largest, own * float(np.abs(np.asarray(edit.targets, float)).max()))
+    with np.errstate(over="ignore"):
+        is_too_large = np.square(largest * np.abs(np.asarray(strengths, float))) > np.finfo(np.float32).max
+    if is_too_large.any():
+        raise FloatingPointError(
+            f"With coefficient {strengths[int(is_too_large.argmax())]:g} the edit is too large for "
+            f"{language_model.name}'s number format: the square of its length overflows. Use a smaller coefficient."
+        )
+
+
+def _as_edits(edits: Any) -> tuple[Edit, ...]:
+    """Edits, of an edit, a vector that is added as it is, or several of them."""
+    given = tuple(edits) if isinstance(edits, list | tuple) else (edits,)
+    if not given:
+        raise ValueError("There is nothing to steer with; give a SteeringVector or an edit.")
+    made = tuple(add_vector(edit) if isinstance(edit, SteeringVector) else edit for edit in given)
+    wrong = [edit for edit in made if not isinstance(edit, Edit)]
+    if wrong:
+        raise ValueError(
+            f"A {type(wrong[0]).__name__} is nothing to steer with; give a SteeringVector, or an edit such as "
+            "add_vector and clamp_latents make."
+        )
     return made
 
 
@@ -280,18 +335,24 @@ def steered_forward(
 
     Returns:
         `steered(params, tokens, edits, n_prompt=None) -> logits`. `edits` is a tuple of edits, a pytree, so that under
-        `jax.jit` their numbers are arguments. `n_prompt`, `[batch]`, tells how many tokens of each row are the prompt;
-        the whole row when None. No row may be padded on the left.
+        `jax.jit` their numbers are arguments. `n_prompt`, a number or `[batch]`, tells how many tokens of each row are
+        the prompt; the whole row when None. No row may be padded on the left.
 
     Raises:
         SiteError: on the call, if there is no such site.
-        ValueError: on the call, if an edit is for another width.
+        ValueError: on the call, if there is no edit, or one is for another width, or acts outside the prompt. Of an
+            `n_prompt` that is itself traced no more is known than that it is no longer than the row.
     """
 
     def steered(
-        params: Any, tokens: Int[Array, "batch seq"], edits: tuple[Edit, ...], n_prompt: Any = None
+        params: Any, tokens: Int[Array, "batch seq"], edits: Any, n_prompt: Any = None
     ) -> Float[Array, "batch seq vocab"]:
         batch, length = tokens.shape
+        edits = _as_edits(edits)
+        is_known = n_prompt is not None and not isinstance(n_prompt, jax.core.Tracer)
+        known = np.minimum(np.atleast_1d(np.asarray(n_prompt)), length).tolist() if is_known else [length]
+        for edit in edits:
+            check_positions(edit.positions, known)
         lengths = jnp.broadcast_to(jnp.asarray(length if n_prompt is None else n_prompt, jnp.int32), (batch,))
         place = Place(jnp.broadcast_to(jnp.arange(length), tokens.shape), lengths)
         sites, layers = places_of(edits)

@@ -2,7 +2,8 @@
 
 A point is one method at one strength. It is on the frontier where no other point of the method has at least its share
 of successful rollouts at no more loss, and one of the two better. Intervals are percentile bootstraps (Efron 1979):
-of the share over rollouts, of the loss over rows of text.
+of the share over rollouts, of the loss over rows of text. Of n rollouts without a single success the interval is 0 to
+0, however few they are, though the share may be up to about 3 / n.
 """
 
 import dataclasses
@@ -65,7 +66,16 @@ def frontier(
 
     Returns:
         One point a strength, in the given order.
+
+    Raises:
+        ValueError: if there are not as many strengths in all of them, or one holds nothing.
     """
+    shapes = successes.shape, losses.shape
+    if any(len(shape) != 2 or shape[0] != len(coefficients) or not all(shape) for shape in shapes):
+        raise ValueError(
+            f"successes has shape {shapes[0]} and losses {shapes[1]} for {len(coefficients)} coefficients; expected "
+            "for each coefficient a row of at least one rollout, and of at least one row of text."
+        )
     share, loss = successes.mean(axis=1), losses.mean(axis=1)
     on_frontier = is_pareto(share, loss)
     intervals = [

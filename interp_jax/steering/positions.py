@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool
 
 from interp_jax.models.decoding import Place
 
-__all__ = ["Positions", "Stretch", "check_positions", "is_at", "is_in"]
+__all__ = ["Positions", "Stretch", "check_positions", "is_any_of", "is_at", "is_in"]
 
 Stretch = Literal["all", "prompt", "generated"]
 """A part of every row."""
@@ -60,6 +60,11 @@ def is_in(stretch: Stretch, place: Place) -> Bool[Array, "batch seq"]:
     if stretch == "prompt":
         return place.is_prompt
     return place.is_generated if stretch == "generated" else place.position >= 0
+
+
+def is_any_of(positions: Positions, place: Place) -> Bool[Array, "batch seq"]:
+    """Which values something is done to."""
+    return is_in(positions, place) if isinstance(positions, str) else is_at(positions, place).any(axis=0)
 
 
 def is_at(positions: tuple[int, ...], place: Place) -> Bool[Array, "n batch seq"]:

@@ -39,6 +39,8 @@ def begun(language_model: LanguageModel, text: str | Sequence[int]) -> list[int]
     if not isinstance(text, str):
         if not len(text):
             raise ValueError("The prompt has no ids; give at least one.")
+        if any(isinstance(id_, str) for id_ in text):
+            raise ValueError(f"A prompt is one text or the ids of one, got {list(text)!r}; roll_out takes several.")
         return [int(id_) for id_ in text]
     ids = language_model.encode_prompt(text)
     first = begin_id(language_model)

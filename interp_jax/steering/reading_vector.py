@@ -12,7 +12,7 @@ from interp_jax.activations.top_windows import top_windows
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.promoted_tokens import promoted_tokens
 from interp_jax.sae import Autoencoder, evaluate
-from interp_jax.steering.decomposition import Decomposition
+from interp_jax.steering.decomposition import Decomposition, dictionary_of
 from interp_jax.steering.reading_activations import activations_of
 
 __all__ = ["LatentRow", "ReadVector", "latent_densities", "read_vector"]
@@ -32,7 +32,8 @@ class LatentRow:
     cosine: float
     """Cosine of its decoder row with the vector, with the mean over rows where there are several."""
     promoted: tuple[str, ...]
-    """The tokens whose logits its direction raises most; empty unless it stands in the residual stream."""
+    """The tokens whose logits its direction raises most, of those that occur in the text where there is one; empty
+    unless it stands in the residual stream."""
     texts: tuple[str, ...]
     """Where it is most active in a text, the peak's token in «»."""
 
@@ -82,16 +83,25 @@ def read_vector(
         tokens: rows of a text to look for activations in, where texts are wanted.
         count: how many latents.
         n_texts: how many texts a latent.
-        n_promoted: how many promoted tokens a latent.
+        n_promoted: how many promoted tokens a latent; with `tokens`, among those that occur there. A vocabulary has
+            many that training hardly ever saw, and they crowd every list.
 
     Returns:
         The latents of the largest shares.
 
     Raises:
-        ValueError: if only one of `sae` and `tokens` is given.
+        ValueError: if only one of `sae` and `tokens` is given, or the vector is of another model or was not decomposed
+            in `sae`.
     """
     if (sae is None) != (tokens is None):
         raise ValueError("Texts need both sae and tokens: give both, or neither.")
+    if decomposition.original.model not in ("", language_model.name):
+        raise ValueError(
+            f"The vector is of {decomposition.original.model}'s activations, and this is {language_model.name}: its "
+            "latents say nothing here."
+        )
+    if sae is not None and not np.array_equal(dictionary_of(sae), decomposition.dictionary):
+        raise ValueError("The vector was decomposed in another dictionary; give the sae that it was decomposed in.")
     codes: dict[int, float] = {}
     weights: dict[int, float] = {}
     for part in decomposition.parts:

@@ -57,10 +57,16 @@ class Rollouts:
 
         Args:
             path: the file.
+
+        Raises:
+            ValueError: when it is not a file of `save`.
         """
-        read = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        texts = tuple(tuple(tuple(of_prompt) for of_prompt in row) for row in read["texts"])
-        return cls(tuple(read["prompts"]), tuple(read["coefficients"]), texts)
+        try:
+            read = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            texts = tuple(tuple(tuple(of_prompt) for of_prompt in row) for row in read["texts"])
+            return cls(tuple(read["prompts"]), tuple(read["coefficients"]), texts)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no rollouts: {error!r}. Write them with Rollouts.save.") from error
 
 
 def roll_out(
@@ -94,12 +100,14 @@ def roll_out(
         The continuations.
 
     Raises:
-        ValueError: as for `steer`, or if there is no prompt or no seed.
+        ValueError: as for `steer`, or if there is no prompt, no seed or no key.
         FloatingPointError: as for `steer`.
     """
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not prompts or n_seeds < 1:
         raise ValueError(f"{len(prompts)} prompts of {n_seeds} seeds are nothing to sample; give at least one of each.")
+    if key is None:
+        raise ValueError("Rollouts are drawn: give key=jax.random.key(seed).")
     strengths = finite_coefficients(coefficients)
     rows = [begun(language_model, prompt) for prompt in prompts]
     edits = check_edits(edits, language_model, [len(row) for row in rows])

@@ -20,7 +20,7 @@ from interp_jax.instrument import Activation
 from interp_jax.models.continue_rows import checked_settings, continue_rows, row_keys
 from interp_jax.models.decoding import NonFiniteLogitsError, Place
 from interp_jax.models.language_model import LanguageModel
-from interp_jax.steering.edits import Edit, apply_edits, check_edits, places_of
+from interp_jax.steering.edits import Edit, apply_edits, check_edits, check_strengths, places_of
 from interp_jax.steering.positions import Positions, check_positions
 from interp_jax.steering.prompts import begun
 from interp_jax.steering.steering_vector import SteeringVector
@@ -49,7 +49,7 @@ def steer(
     layer: int | None = None,
     coefficients: Sequence[float] | None = None,
     norms: Sequence[float] | None = None,
-    site: str = "resid_post",
+    site: str | None = None,
     positions: Positions | None = None,
     max_new_tokens: int = 40,
     temperature: float = 0.0,
@@ -66,7 +66,7 @@ def steer(
         layer: the layer, of plain numbers.
         coefficients: the strengths; 0 gives the unsteered text.
         norms: instead of coefficients: the vector is added scaled to each of these Euclidean norms.
-        site: the site's name, of plain numbers.
+        site: the site's name, of plain numbers; `resid_post` when None.
         positions: where a vector is added, if not where it says itself; see `interp_jax.steering.positions`.
         max_new_tokens: how many tokens are generated at most.
         temperature: 0 picks the most likely token each time; above it, tokens are drawn from
@@ -78,8 +78,10 @@ def steer(
 
     Raises:
         ValueError: when the prompt is empty or does not fit the context, there is no such layer or site, the direction
-            is of another width or outside the prompt, or a coefficient is not finite.
-        FloatingPointError: when a coefficient is so large that the logits are not finite.
+            is of another width or outside the prompt, a coefficient is not finite, or a place is given for what says
+            itself where it acts.
+        FloatingPointError: when a coefficient is so large that the logits, or the square of what is added, are not
+            finite.
     """
     edits = _as_vectors(language_model, direction, layer, site, positions)
     ids = begun(language_model, prompt)
@@ -148,6 +150,7 @@ def continuations(
     """
     settings = checked_settings(temperature, None, None, keys, language_model.stop_tokens, language_model.vocab_size)
     keys = row_keys(None, len(rows)) if keys is None else keys
+    check_strengths(edits, strengths, language_model)
     sites, layers = places_of(edits)
     scaled = tuple(edit.scaled(jnp.asarray(strengths)) for edit in edits)
     try:
@@ -173,7 +176,7 @@ def _edited(edits: tuple[Edit, ...], activation: Activation, place: Place) -> Ar
 
 
 def _as_vectors(
-    language_model: LanguageModel, direction: Any, layer: int | None, site: str, positions: Positions | None
+    language_model: LanguageModel, direction: Any, layer: int | None, site: str | None, positions: Positions | None
 ) -> list[Any]:
     """Edits and vectors, of whatever was given."""
     if positions is not None:
@@ -183,13 +186,26 @@ def _as_vectors(
     made = []
     for one in given:
         if isinstance(one, SteeringVector):
-            if layer is not None and layer != one.layer:
-                raise ValueError(f"The SteeringVector is for layer {one.layer}, got layer={layer}; leave layer out.")
+            _check_place(one, layer, site)
             made.append(one if positions is None else one.at(positions))
         elif isinstance(one, Edit):
+            _check_place(one, layer, site)
+            if positions not in (None, one.positions):
+                raise ValueError(
+                    f"positions is {positions!r}, and an edit says itself where it acts: make it with its positions, "
+                    "such as clamp_latents(..., positions=...)."
+                )
             made.append(one)
         elif layer is None:
             raise ValueError(f"Which layer? Pass layer=, one of 0 to {language_model.n_layers - 1}.")
         else:
-            made.append(SteeringVector(np.asarray(one), layer, site, "", positions))
+            made.append(SteeringVector(np.asarray(one), layer, site or "resid_post", "", positions))
     return made
+
+
+def _check_place(one: SteeringVector | Edit, layer: int | None, site: str | None) -> None:
+    """Refuses another place than the one that a vector or an edit is for."""
+    for name, own, got in (("layer", one.layer, layer), ("site", one.site, site)):
+        if got not in (None, own):
+            kind = type(one).__name__
+            raise ValueError(f"The {kind} is for {name} {own}, got {name}={got}; leave {name} out.")

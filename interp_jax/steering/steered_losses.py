@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_losses
-from interp_jax.steering.edits import Edit, check_edits, steered_forward
+from interp_jax.steering.edits import Edit, check_edits, check_strengths, steered_forward
 from interp_jax.steering.steer import finite_coefficients
 
 __all__ = ["steered_losses"]
@@ -59,6 +59,7 @@ def steered_losses(
             f"row of {n_prompt + 2} tokens."
         )
     checked = check_edits(edits, language_model, [n_prompt])
+    check_strengths(checked, strengths, language_model)
     found = []
     for start in range(0, rows, batch_rows):
         batch = tokens[start : start + batch_rows]

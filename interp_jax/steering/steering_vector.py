@@ -147,12 +147,14 @@ class SteeringVector:
             *others: the directions, of any norm; of a vector with a row a position, each row.
 
         Raises:
-            ValueError: if one is of another width.
+            ValueError: if there is none, or one is of another width or not finite.
         """
         rows = [np.asarray(row) for of in others for row in (of.rows if isinstance(of, SteeringVector) else [of])]
         wrong = [row.shape for row in rows if row.shape != (self.width,)]
         if wrong:
             raise ValueError(f"A direction of shape {wrong[0]} cannot be projected out of a vector of {self.width}.")
+        if not rows or not np.isfinite(rows).all():
+            raise ValueError("Give at least one direction to project out, of finite numbers.")
         span, singular, _ = np.linalg.svd(np.asarray(rows, np.float64).T, full_matrices=False)
         span = span[:, singular > 1e-6 * singular.max(initial=1e-30)]
         left = self.direction - (self.direction @ span) @ span.T

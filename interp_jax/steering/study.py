@@ -27,7 +27,7 @@ from interp_jax.steering.decomposition import Decomposition, codes_of, decompose
 from interp_jax.steering.edits import clamp_latents
 from interp_jax.steering.frontier import FrontierPoint, frontier
 from interp_jax.steering.positions import Positions
-from interp_jax.steering.prompts import begun, n_begin
+from interp_jax.steering.prompts import begun, n_begin, padded_pair
 from interp_jax.steering.reading_activations import activations_of
 from interp_jax.steering.reading_vector import ReadVector, latent_densities, read_vector
 from interp_jax.steering.rollouts import Rollouts, roll_out
@@ -42,6 +42,9 @@ BUILT_IN = ("anger", "wedding")
 
 DENSE = 0.5
 """Latents that are active on more than this share of tokens are left out."""
+
+_SOME_ROWS = 8
+_LISTS = ("prompts", "positives", "negatives", "vocabulary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +86,8 @@ class Concept:
             text = path.read_text(encoding="utf-8")
         try:
             read = tomllib.loads(text)
-            judge = Vocabulary.of(read["vocabulary"], read.get("provenance", str(name)))
-            return cls(
-                name=read.get("name", pathlib.Path(name).stem), positive=read["positive"], negative=read["negative"],
-                prompts=tuple(read["prompts"]), positives=tuple(read["positives"]), negatives=tuple(read["negatives"]),
-                judge=judge, pad=read.get("pad"),
-            )  # fmt: skip
+            lists = {entry: _texts_of(read[entry], entry, name) for entry in _LISTS}
+            positive, negative = (_text_of(read[entry], entry, name) for entry in ("positive", "negative"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{name} is no TOML: {error}") from error
         except KeyError as error:
@@ -96,6 +95,33 @@ class Concept:
                 f"{name} has no entry {error}; a study has positive, negative, prompts, positives, negatives and "
                 "vocabulary, and may have name, pad and provenance."
             ) from error
+        judge = Vocabulary.of(lists.pop("vocabulary"), read.get("provenance", str(name)))
+        own_name = read.get("name", pathlib.Path(name).stem)
+        return cls(own_name, positive, negative, judge=judge, pad=read.get("pad"), **lists)
+
+    def check(self, language_model: LanguageModel) -> None:
+        """Refuses what would fail in the middle of a study: a pair that no prompt has room for, texts without partners.
+
+        Args:
+            language_model: the model.
+
+        Raises:
+            ValueError: if it would.
+        """
+        if len(self.positives) != len(self.negatives):
+            raise ValueError(
+                f"{self.name} has {len(self.positives)} positives and {len(self.negatives)} negatives; give each its "
+                "partner."
+            )
+        pair = [row.tolist() for row in padded_pair(language_model, self.positive, self.negative, self.pad)]
+        for prompt in self.prompts:
+            length = len(begun(language_model, prompt))
+            if length < len(pair[0]):
+                raise ValueError(
+                    f"The pair is added token by token at the front of each prompt, and has {len(pair[0])} tokens: "
+                    f"{' and '.join(str(language_model.tokenizer.readable(row)) for row in pair)}. The prompt "
+                    f"{prompt!r} has only {length}. Give longer prompts, or a shorter positive and negative."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +158,8 @@ class MethodResult:
     rollouts: Rollouts
     reading: ReadVector | None
     """The latents, read, where there are any."""
+    losses: Float[np.ndarray, "coefficients rows"]
+    """The loss of each row of text at each strength, of which the points hold means and intervals."""
 
 
 def methods_of(
@@ -159,9 +187,14 @@ def methods_of(
         l0: how many latents pursuit takes for each position.
         n_parts: how many (latent, position) parts the subset keeps.
     """
+    concept.check(language_model)
     place: dict[str, Any] = {"layer": layer, "site": site}
     pair = from_pair(language_model, concept.positive, concept.negative, pad=concept.pad, **place)
     yield _method("difference of the pair", pair, usual_norm)
+    padding = _padding(concept, language_model, tokens, place)
+    if padding is not None:
+        left = pair.without(padding)
+        yield _method("the same without its padding", left, usual_norm)
     mean = mean_difference(language_model, concept.positives, concept.negatives, **place)
     yield _method("mean difference", mean, usual_norm)
     principal = principal_component(language_model, concept.positives, concept.negatives, read="mean", **place)
@@ -235,7 +268,33 @@ def run_method(
     reading = None
     if method.decomposition is not None:
         reading = read_vector(method.decomposition, language_model, sae=sae, tokens=tokens if sae is not None else None)
-    return MethodResult(method, points, rollouts, reading)
+    return MethodResult(method, points, rollouts, reading, losses)
+
+
+def _text_of(entry: Any, key: str, name: object) -> str:
+    if not isinstance(entry, str):
+        raise ValueError(f"{key} of {name} is {entry!r}; expected a text.")
+    return entry
+
+
+def _texts_of(entry: Any, key: str, name: object) -> tuple[str, ...]:
+    if not isinstance(entry, list) or not entry or not all(isinstance(one, str) for one in entry):
+        raise ValueError(f"{key} of {name} is {entry!r}; expected a list of at least one text.")
+    return tuple(entry)
+
+
+def _padding(
+    concept: Concept, language_model: LanguageModel, tokens: Int[np.ndarray, "rows context"], place: dict[str, Any]
+) -> Float[np.ndarray, "width"] | None:
+    """What sets the tokens that fill up the shorter text of the pair apart from ordinary text; None where none do."""
+    texts = concept.positive, concept.negative
+    lengths = [len(begun(language_model, text)) for text in texts]
+    if lengths[0] == lengths[1]:
+        return None
+    filled = padded_pair(language_model, *texts, concept.pad)[int(np.argmin(lengths))].tolist()
+    *ordinary, last = activations_of(language_model, [*tokens[:_SOME_ROWS].tolist(), filled], **place)
+    usual = np.concatenate([value[n_begin(language_model) :] for value in ordinary]).mean(axis=0)
+    return last[min(lengths) :].mean(axis=0) - usual
 
 
 def _method(name: str, vector: SteeringVector, usual_norm: float, decomposition: Decomposition | None = None) -> Method:

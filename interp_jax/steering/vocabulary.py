@@ -51,7 +51,12 @@ class Vocabulary:
         Args:
             words: the words.
             provenance: where they are from.
+
+        Raises:
+            ValueError: if there is none, one is blank, or they are one text, whose letters would be taken for words.
         """
+        if isinstance(words, str):
+            raise ValueError(f"{words!r} is one text; give a list of words, [{words!r}] for this one alone.")
         return cls(tuple(words), provenance)
 
     @classmethod

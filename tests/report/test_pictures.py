@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from interp_jax.report import TrainingCurve
-from interp_jax.report.pictures import density_histogram, picture_file, score_against_l0, training_curve
+from interp_jax.report.pictures import (
+    density_histogram,
+    picture_file,
+    score_against_l0,
+    steering_frontier,
+    training_curve,
+)
+from interp_jax.steering.frontier import FrontierPoint
 
 
 def pictures(report):
@@ -35,6 +42,12 @@ def test_points_are_named_with_their_values(report):
     texts = "".join(xml.etree.ElementTree.fromstring(pictures(report)[1]).itertext())
     assert "SAE encoder: 0.925" in texts
     assert "gradient pursuit: 0.945" in texts
+
+
+def test_every_method_on_a_frontier_has_a_mark_of_its_own():
+    points = [FrontierPoint(f"way {i}", 1.0, 0.5, (0.4, 0.6), 3.0 + i, (2.9, 3.1), False) for i in range(12)]
+    shapes = set(re.findall(r'<path id="[^"]*-m\w+" d="([^"]*)"', steering_frontier(points)))
+    assert len(shapes) == 2 * 12 + 2  # hollow and in the legend, and a tick of each axis
 
 
 def test_histogram_says_how_many_latents_are_dead():

@@ -86,6 +86,7 @@ def test_a_principal_component_is_scikit_learn_s(language_model):
         (lambda m: from_pair(m, "lovely", "hate", layer=0), r"6 and 4 tokens: \['l', 'o'.*pad=' '"),
         (lambda m: from_pair(m, "lovely", "hate", layer=0, pad="ab"), "pad='ab' is 2 tokens"),
         (lambda m: from_pair(m, "love", "hate", layer=0, positions=(4,)), r"not all in the texts, which have 4 tokens"),
+        (lambda m: from_pair(m, "love", "hate", layer=0, positions=(1, -3)), "name a token of the texts' 4 twice"),
         (lambda m: from_pair(m, "", "hate", layer=0, pad=" "), "no token to continue from"),
         (lambda m: from_pair(m, "love", "hate", layer=2), "no layer 2"),
         (lambda m: from_pair(m, "love", "hate", layer=0, site="resid_pst"), "did you mean 'resid_post'"),

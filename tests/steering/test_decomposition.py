@@ -114,6 +114,11 @@ def test_the_table(language_model, sae):
     assert first.texts[0] in str(read)
     with pytest.raises(ValueError, match="both sae and tokens"):
         read_vector(found, language_model, sae=sae)
+    with pytest.raises(ValueError, match="in another dictionary"):
+        read_vector(found, language_model, sae=ReLUSAE.random(16, 40, key=jax.random.key(9)), tokens=tokens)
+    other = decompose(SteeringVector(W_dec[5], 1, model="another model"), sae)
+    with pytest.raises(ValueError, match="another model's activations, and this is two-layer model"):
+        read_vector(other, language_model)
 
 
 def test_densities(language_model, sae):

@@ -39,7 +39,10 @@ def edit_by_hand(kind, sae, strength, n_prompt):
                 value[at] += strength * row
         if kind == "one row at two tokens" and (layer, name) == (1, "resid_post"):
             value[[0, n_prompt - 1]] += strength * -4 * ROWS[0]
-        if kind.startswith("clamp") and (layer, name) == (1, "resid_post") and strength:
+        if kind == "clamp at two tokens" and (layer, name) == (1, "resid_post") and strength:
+            at = [1, n_prompt - 1]
+            value[at] = clamped_by_hand(sae, value[at], {3: 40.0 * strength, 7: 0.0}, keeps_error=True)
+        elif kind.startswith("clamp") and (layer, name) == (1, "resid_post") and strength:
             value = clamped_by_hand(sae, value, {3: 2.0 * strength, 7: 0.0}, kind.endswith("keeping the error"))
         if kind == "both" and layer == 1:
             if name == "mlp_act":
@@ -57,6 +60,7 @@ def edit_of(kind, sae):
         "one row at two tokens": lambda: SteeringVector(-4 * ROWS[0], 1, positions=(0, -1)),
         "clamp keeping the error": lambda: clamp_latents(sae, {3: 2.0, 7: 0.0}, layer=1),
         "clamp splicing": lambda: clamp_latents(sae, {3: 2.0, 7: 0.0}, layer=1, keeps_error=False),
+        "clamp at two tokens": lambda: clamp_latents(sae, {3: 40.0, 7: 0.0}, layer=1, positions=(1, -1)),
         "both": lambda: [
             SteeringVector(np.linspace(-1, 1, 24), 1, "mlp_act"),
             SteeringVector(ROWS[1], 1, positions="generated"),
@@ -64,7 +68,9 @@ def edit_of(kind, sae):
     }[kind]()
 
 
-KINDS = ["rows", "one row at two tokens", "clamp keeping the error", "clamp splicing", "both"]
+KINDS = [
+    "rows", "one row at two tokens", "clamp keeping the error", "clamp splicing", "clamp at two tokens", "both",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,8 +159,43 @@ def test_bad_input(language_model, sae):
     other = SteeringVector(ROWS[0], 1, source="a text", model="another model")
     with pytest.raises(ValueError, match=r"from a text is of another model's activations, and this is two-layer model"):
         steer(language_model, PROMPT, other, coefficients=(1.0,))
+    with pytest.raises(ValueError, match="another model's activations"):
+        steer(language_model, PROMPT, add_vector(other), coefficients=(1.0,))
+    with pytest.raises(ValueError, match="an edit says itself where it acts"):
+        steer(language_model, PROMPT, clamp_latents(sae, {4: 1.0}, layer=1), coefficients=(1.0,), positions="prompt")
+    with pytest.raises(ValueError, match="is for layer 1, got layer=0"):
+        steer(language_model, PROMPT, clamp_latents(sae, {4: 1.0}, layer=1), coefficients=(1.0,), layer=0)
+    with pytest.raises(ValueError, match="is for site resid_post, got site=mlp_out"):
+        steer(language_model, PROMPT, SteeringVector(ROWS[0], 1), coefficients=(1.0,), site="mlp_out")
+    with pytest.raises(FloatingPointError, match="the square of its length overflows"):
+        steer(language_model, PROMPT, clamp_latents(sae, {4: 1e12}, layer=1), coefficients=(1e9,))
+    with pytest.raises(ValueError, match="cannot be added nan times"):
+        add_vector(SteeringVector(ROWS[0], 1), float("nan"))
     with pytest.raises(ValueError, match="nothing to steer with"):
         steer(language_model, PROMPT, [], coefficients=(1.0,))
+
+
+def test_a_forward_pass_refuses_what_it_cannot_do(language_model):
+    tokens = jnp.ones((2, 12), jnp.int32)
+    steered = steered_forward(language_model.forward)
+    at_ten = add_vector(SteeringVector(ROWS[0], 1, positions=(10,)))
+    for n_prompt in (8, np.asarray([12, 8])):
+        with pytest.raises(ValueError, match="Position 10 is outside the prompt, which has 8 tokens"):
+            steered(language_model.params, tokens, (at_ten,), n_prompt)
+    with pytest.raises(ValueError, match="Position 12 is outside the prompt, which has 12 tokens"):
+        jax.jit(steered)(language_model.params, tokens, (add_vector(SteeringVector(ROWS[0], 1, positions=(12,))),), 8)
+    with pytest.raises(ValueError, match="nothing to steer with"):
+        steered(language_model.params, tokens, ())
+    with pytest.raises(ValueError, match="A ndarray is nothing to steer with"):
+        steered(language_model.params, tokens, (ROWS[0],))
+
+
+def test_a_forward_pass_takes_a_vector_or_one_edit_as_it_is(language_model):
+    tokens = jnp.asarray([language_model.tokenizer.encode(PROMPT)])
+    steered, vector = steered_forward(language_model.forward), SteeringVector(ROWS[0], 1)
+    whole = steered(language_model.params, tokens, (add_vector(vector),))
+    np.testing.assert_array_equal(steered(language_model.params, tokens, vector), whole)
+    np.testing.assert_array_equal(steered(language_model.params, tokens, add_vector(vector)), whole)
 
 
 def test_an_edit_s_gradient_is_that_of_finite_differences(language_model):

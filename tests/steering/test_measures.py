@@ -46,6 +46,8 @@ def test_a_list_from_a_file(tmp_path):
         Vocabulary.from_file(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="none may be blank"):
         Vocabulary.of(["*"])
+    with pytest.raises(ValueError, match="'mill' is one text; give a list of words"):
+        Vocabulary.of("mill")
 
 
 def test_rollouts_are_sampled_from_the_steered_model(language_model):
@@ -109,6 +111,9 @@ def test_rollouts_survive_the_disk(tmp_path):
     assert Rollouts.load(tmp_path / "rollouts.json") == rollouts
     assert json.loads((tmp_path / "rollouts.json").read_text())["texts"][1][0] == ["<b>"]
     np.testing.assert_array_equal(rollouts.successes(lambda text: "b" in text), [[False, False], [True, False]])
+    (tmp_path / "other.json").write_text('{"prompts": []}')
+    with pytest.raises(ValueError, match=r"other\.json holds no rollouts: KeyError\('texts'\)"):
+        Rollouts.load(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
@@ -166,6 +171,17 @@ def test_bad_input(language_model):
         steered_losses(language_model, tokens, vector, coefficients=(1.0,), n_prompt=7)
     with pytest.raises(FloatingPointError, match=r"coefficient 3e\+38"):
         steered_losses(language_model, tokens, SteeringVector(DIRECTION, 0), coefficients=(3e38,), n_prompt=2)
+    # The square of what is added overflows, so the norm makes nothing of everything: a loss that is finite, and wrong.
+    with pytest.raises(FloatingPointError, match=r"coefficient 1e\+20.*the square of its length overflows"):
+        steered_losses(language_model, tokens, vector, coefficients=(1.0, 1e20), n_prompt=2)
+    with pytest.raises(FloatingPointError, match=r"coefficient 1e\+20"):
+        roll_out(language_model, PROMPTS, vector, coefficients=(1e20,), n_seeds=1, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"give key=jax\.random\.key\(seed\)"):
+        roll_out(language_model, PROMPTS, vector, coefficients=(1.0,), n_seeds=3, key=None)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) and losses \(2, 4\) for 3 coefficients"):
+        frontier("one", (0.0, 1.0, 2.0), np.ones((2, 3), bool), np.ones((2, 4)))
+    with pytest.raises(ValueError, match="at least one rollout"):
+        frontier("one", (0.0,), np.ones((1, 0), bool), np.ones((1, 2)))
     with pytest.raises(ValueError, match="nothing to sample"):
         roll_out(language_model, [], vector, coefficients=(1.0,), n_seeds=3, key=jax.random.key(0))
     with pytest.raises(ValueError, match="outside the prompt, which has 3 tokens"):

@@ -51,6 +51,10 @@ def test_a_projection_leaves_nothing_of_what_is_projected_out():
     np.testing.assert_allclose(left.direction, of.direction - of.direction @ basis @ basis.T, atol=1e-5)
     with pytest.raises(ValueError, match=r"shape \(5,\) cannot be projected out of a vector of 6"):
         of.without(np.ones(5))
+    with pytest.raises(ValueError, match="at least one direction"):
+        of.without()
+    with pytest.raises(ValueError, match="finite numbers"):
+        of.without(np.full(6, np.nan))
 
 
 @pytest.mark.parametrize("other", [{"layer": 2}, {"site": "embed"}, {"positions": "prompt"}])
