@@ -269,15 +269,17 @@ def test_both_fixes_by_finite_differences_in_numpy(family):
     for layer, which, position in ((0, "q", 5), (0, "k", 4), (1, "q", 6), (1, "k", 2), (2, "k", 5)):
         head = n_heads[which] - 1
         expected = through_softmax(layer, which, position, head)
-        size = np.abs(fixed[layer, which]).max()
+        size = float(np.abs(fixed[layer, which]).max())
         assert fixed[layer, which][position, head] == pytest.approx(expected, abs=2e-4 * size)
     for layer, which in ((0, "q"), (2, "k")):
         others = [abs(through_softmax(layer, which, 5, 1, dropped)) for dropped in range(3) if dropped != layer]
-        assert scores[layer, which][5, 1] == pytest.approx(np.mean(others), abs=2e-4 * scores[layer, which].max())
+        assert scores[layer, which][5, 1] == pytest.approx(
+            np.mean(others), abs=2e-4 * float(scores[layer, which].max())
+        )
     difference = there[1, "attn_heads"] - here[1, "attn_heads"]
     for place in ((6, 0, 3), (5, 2, 1)):
         others = [abs(difference[place] * slope(1, "attn_heads", place, dropped)) for dropped in (0, 2)]
-        expected = pytest.approx(np.mean(others), abs=2e-4 * scores[1, "attn_heads"].max())
+        expected = pytest.approx(np.mean(others), abs=2e-4 * float(scores[1, "attn_heads"].max()))
         assert scores[1, "attn_heads"][place] == expected
 
 
