@@ -132,7 +132,7 @@ assert max(sizes(text, "all-gather"), default=0) <= config.d_sae
 assert not re.search(r"\\[(11,4096|4096,11)\\]", text)
 # The donated state is taken over: every parameter, moment and count of latents.
 aliases = text.split("input_output_alias={")[1].split("entry_computation_layout")[0].count("-alias)")
-assert aliases >= len(jax.tree.leaves((state.sae, state.moments, state.idle, state.window))), aliases
+assert aliases >= len(jax.tree.leaves((state.sae, state.moments, state.idle, state.began, state.window))), aliases
 """
 
 

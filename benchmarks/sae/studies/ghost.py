@@ -1,8 +1,9 @@
 """Are ghost gradients better when they are rescaled by the share of dead latents, and as good as resampling?
 
-In runs as short as these next to nothing dies by itself. So most latents start dead: their encoder biases are so low
-that no activation reaches them, as an L1 that was too strong at first would leave them. What a method must do is bring
-them to life without harm to the others.
+In runs as short as these next to nothing dies by itself. So half of the latents start dead: their encoder biases are so
+low that no activation reaches them, as an L1 that was too strong at first would leave them. What a method must do is
+bring them to life without harm to the others. More than there are rows in a batch would be no fair trial of resampling,
+which gives each an input of its own.
 
 All methods have the same strengths of L1, and are compared on their curves over L0.
 """
@@ -26,26 +27,35 @@ from benchmarks.sae.studies.setting import Judge
 from interp_jax.sae import SweepRun, TrainConfig
 from interp_jax.sae.step import METRICS, TrainState, finished, initial_state, knobs_of, step
 
-D_SAE = 1024
-DEAD_AT_START = 7 / 8
-"""Share of the latents; 128 are left, as many as the activations have coordinates."""
+D_SAE = 512
+DEAD_AT_START = 1 / 2
+"""Share of the latents; 256 are left, two for each of the coordinates of an activation."""
 LOW = -10.0
 """Their encoder bias. Normalised activations have a norm of 11, and at most half of it along a first direction."""
 METHODS: dict[str, dict[str, Any]] = {
     "nothing done": {"dead_latents": "none"},
     "ghost, original": {"dead_latents": "ghost", "ghost_variant": "original"},
     "ghost, rescaled": {"dead_latents": "ghost", "ghost_variant": "rescaled"},
-    "resampling": {"dead_latents": "resample", "resample_every": 320},
+    "ghost, dead only rescaled": {"dead_latents": "ghost", "ghost_variant": "dead_only_rescaled"},
+    # Five times before the learning rate decays. What dies of one time is known to be dead by the next: after 98 steps.
+    "resampling": {"dead_latents": "resample", "resample_every": 160},
+    "lazy re-initialisation": {"dead_latents": "lazy"},
 }
 L1S = (2.0, 4.0)
 DRAWN_L1 = 2.0
 """Of the runs whose training is drawn."""
+HIGHEST_DRAWN = 2.0
+"""FVU; where a run breaks down it may be over a hundred for some steps."""
 SEEDS = (0, 1, 2)
-L0S = (4.0,)
+L0S = (8.0,)
 """Where the methods are compared."""
 PAIRS = (
+    ("ghost, rescaled", "ghost, original"),
     ("ghost, rescaled", "resampling"),
-    ("ghost, rescaled", "nothing done"),
+    ("ghost, dead only rescaled", "resampling"),
+    ("ghost, dead only rescaled", "nothing done"),
+    ("resampling", "nothing done"),
+    ("lazy re-initialisation", "resampling"),
 )
 """What is compared seed by seed."""
 MEASURES = ("fvu", "loss_recovered", "dead_share")
@@ -73,7 +83,7 @@ def train(group: Group, batches: Callable[[int], Any], directory: pathlib.Path) 
     # One compiled step for all seeds and all strengths of L1, which are data to it.
     run_step = _compiled(dataclasses.replace(config, seed=0, l1_coefficient=1.0))
     state = jax.jit(functools.partial(initial_state, config))(jnp.asarray(batches(0)), knobs_of(config))
-    state = mostly_dead(state, config, *group.start)
+    state = partly_dead(state, config, *group.start)
     history = []
     for number in range(config.n_steps):
         state, metrics = run_step(state, jnp.asarray(batches(number)), number)
@@ -82,8 +92,8 @@ def train(group: Group, batches: Callable[[int], Any], directory: pathlib.Path) 
     return [SweepRun(config, finished(state), history)]
 
 
-def mostly_dead(state: TrainState, config: TrainConfig, share: float, bias: float) -> TrainState:
-    """The state with most of its latents dead, and known to be.
+def partly_dead(state: TrainState, config: TrainConfig, share: float, bias: float) -> TrainState:
+    """The state with a part of its latents dead, and known to be.
 
     Args:
         state: before the first step.
@@ -154,9 +164,10 @@ def draw(runs: list[dict[str, Any]]) -> None:
         points = [_of(runs, method, l1) for l1 in L1S]
         l0s, values = ([[run[name] for run in same] for same in points] for name in ("l0", "fvu"))
         points_over_l0(axes[0], l0s, values, series, label=method)
-        curves = np.mean([run["step_dead_share_fvu"] for run in _of(runs, method, DRAWN_L1)], axis=0)
-        for place, column in ((1, 2), (2, 1)):
-            axes[place].plot(curves[:, 0], curves[:, column], color=COLOURS[series], linewidth=1.5)
+        # Each seed by itself: some break down, each at a step of its own.
+        curves = [np.asarray(run["step_dead_share_fvu"]) for run in _of(runs, method, DRAWN_L1)]
+        for curve, (place, column) in itertools.product(curves, ((1, 2), (2, 1))):
+            axes[place].plot(curve[:, 0], curve[:, column], color=COLOURS[series], linewidth=0.9)
     labels = ("fraction of variance unexplained", "fraction of variance unexplained", "share of latents that are dead")
     in_training = f"in training (L1 {DRAWN_L1:g})"
     titles = ("held-out, after training", f"of batches, {in_training}", in_training)
@@ -165,10 +176,11 @@ def draw(runs: list[dict[str, Any]]) -> None:
         one.set_ylabel(label)
         one.set_title(title, fontsize=10)
     axes[1].set_yscale("log")
+    axes[1].set_ylim(0.2, HIGHEST_DRAWN)
     axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[1].yaxis.set_minor_formatter(NullFormatter())
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     save(figure, "ghost")
 
 
