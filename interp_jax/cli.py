@@ -286,7 +286,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, PatchError) as error:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError, RuntimeError, PatchError) as error:
         if os.environ.get("INTERP_JAX_TRACEBACK"):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

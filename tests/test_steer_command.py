@@ -139,6 +139,14 @@ def test_a_saved_vector_is_not_taken_elsewhere_in_silence(tmp_path, monkeypatch,
         assert said in capsys.readouterr().err
 
 
+def test_a_coefficient_that_overflows_is_told_in_a_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *PAIR, "--model", "tiny", "--coefficient", 1e25)
+    said = capsys.readouterr().err
+    assert "With coefficient 1e+25 the edit is too large" in said
+    assert "Traceback" not in said
+
+
 def test_a_dictionary_of_another_layer_is_refused(tmp_path, monkeypatch, capsys):
     sae = ReLUSAE.random(128, 64, key=jax.random.key(0))
     save_saelens(sae, tmp_path / "sae", model_name="tiny-wikipedia", hook_name="resid_post.3")
