@@ -222,8 +222,24 @@ def _shape_and_type(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-class RunningPass:
+class Loop:
+    """What the body of a loop is given to assign `modified_value` to, and nothing else: a typing error is told."""
+
+    __slots__ = ("__weakref__",)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(type(self), name):
+            raise AttributeError(
+                f"there is no {name!r} to assign to. Assign to modified_value to replace the activation; to carry a "
+                "value out of the pass, .save(name, value)."
+            )
+        super().__setattr__(name, value)
+
+
+class RunningPass(Loop):
     """One forward pass, to be looped over once; made by `iterate`."""
+
+    __slots__ = ("_run", "_state")
 
     def __init__(self, state: PassState, run: Callable[[], Any]):
         self._state = state

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from interp_jax.instrument import SiteValues, iterate
+from interp_jax.instrument.running_pass import Loop
 from interp_jax.models.cached_decoding import prefill, step
 from interp_jax.models.continue_rows import Prompts, Settings, as_rows, checked_rows, checked_settings, padded, row_keys
 from interp_jax.models.decoding import NonFiniteLogitsError, ends, picked, usable
@@ -34,8 +35,10 @@ class GenerationStep(NamedTuple):
     """`[batch, prompt, ...]` in the prefill, `[batch, 1, ...]` after it."""
 
 
-class RunningGeneration:
+class RunningGeneration(Loop):
     """Prompts being continued, to be looped over once; made by `iterate_generation`."""
+
+    __slots__ = ("_position", "_running", "_stop_tokens", "_tokenizer")
 
     def __init__(
         self, model: Transformer, tokens: Any, is_token: Any, keys: Any, settings: Settings, max_new_tokens: int,

@@ -519,3 +519,12 @@ def test_saving_one_name_twice():
     with pytest.raises(ij.ReapError, match="'x' was saved more than once"):
         for _, _, value in (running := ij.iterate(model, sites="mlp_out")(X)):
             running.save("x", value)
+
+
+def test_a_typing_error_in_an_assignment_is_told():
+    running = ij.iterate(model)(X)
+    with pytest.raises(AttributeError, match=r"no 'modifed_value' to assign to\. Assign to modified_value"):
+        for _, _, value in running:
+            running.modifed_value = value * 2.0  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(AttributeError):
+        running.retval = 0  # pyright: ignore[reportAttributeAccessIssue]
