@@ -506,7 +506,7 @@ class Transformer(nnx.Module):
         slots, filled = cache.positions.shape[1], cache.n_filled
         if not isinstance(filled, jax.core.Tracer) and int(filled) + tokens.shape[-1] > slots:
             raise ValueError(
-                f"The cache has {slots} slots, {int(filled)} of them filled: {tokens.shape[-1]} tokens more do not fit. "
+                f"The cache has {slots} slots, {int(filled)} of them filled: {tokens.shape[-1]} more do not fit. "
                 "Make one with more: empty_cache(model, batch, slots)."
             )
         logits, extended = self._run(tokens, is_token, None, cache, at=-1 if last_only else None)
