@@ -31,7 +31,7 @@ from interp_jax.models.loss import next_token_losses
 from interp_jax.progress import advancing
 from interp_jax.pursuit import PursuitEncoder, TopKEncoder, gradient_pursuit, orthogonal_matching_pursuit, topk_encode
 from interp_jax.report.coding_point import CodingPoint
-from interp_jax.report.pictures import coding_frontier, picture_file
+from interp_jax.report.pictures import coding_frontier, on_white
 from interp_jax.report.pursuit_page import CodedToken, pursuit_page, side_by_side
 from interp_jax.sae import Autoencoder, ReLUSAE, SparseAutoencoder, evaluate, load_sae, loss_recovered
 from interp_jax.whole_file import write_whole
@@ -132,7 +132,7 @@ def run(
         texts=[_coded(model, sae, k, rows[number], values[0][number]) for number in range(_TEXTS)],
     )
     write_whole(out / "index.html", page)
-    write_whole(out / "frontier.svg", picture_file(coding_frontier(points)))
+    on_white(coding_frontier(points)).save(out / "frontier.svg")
     print(f"The page is {out / 'index.html'}.")
 
 

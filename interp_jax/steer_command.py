@@ -27,7 +27,7 @@ from interp_jax.activations.model_and_rows import model_and_rows
 from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.progress import advancing, note, working
-from interp_jax.report.pictures import picture_file, steering_frontier
+from interp_jax.report.pictures import frontier_picture
 from interp_jax.report.steering_page import comparison, steering_page
 from interp_jax.sae import Autoencoder, load_sae
 from interp_jax.steering.contrast import from_pair
@@ -272,7 +272,7 @@ def run_study(
         readings=[(result.method.name, result.reading) for result in results if result.reading is not None],
     )
     write_whole(out / "index.html", page)
-    write_whole(out / "frontier.svg", picture_file(steering_frontier(points)))
+    frontier_picture(points).save(out / "frontier.svg")
     print(f"The page is {out / 'index.html'}.")
 
 

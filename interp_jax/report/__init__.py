@@ -17,4 +17,5 @@ from interp_jax.report.latents import latent_dashboards as latent_dashboards
 from interp_jax.report.logit_lens_picture import logit_lens_picture as logit_lens_picture
 from interp_jax.report.page import write_page as write_page
 from interp_jax.report.picture import Picture as Picture
+from interp_jax.report.pictures import frontier_picture as frontier_picture
 from interp_jax.report.results import write_results as write_results

@@ -88,7 +88,7 @@ class HeatMap:
             cells = [
                 HeatMapCell(
                     f"{value:.2f}" if with_numbers and abs(value) >= _SMALLEST * self.largest else "",
-                    f"layer {layer}, {self.axis} {place}, {label}: {value:+.4g}",
+                    f"layer {layer}, {self.axis} {place}{'' if label == str(place) else f', {label}'}: {value:+.4g}",
                     round(100 * abs(value) / self.largest),
                     value > 0,
                 )

@@ -4,7 +4,7 @@ A picture is drawn once and read on a light and on a dark ground, so no colour m
 few marker colours that occur nowhere else, and afterwards they are replaced by CSS variables of the page (`var(--ink)`
 and so on). Text stays text: it can be selected, searched and read aloud.
 
-`picture_file` makes of such a drawing a file that stands alone, for a paper or a slide.
+`on_white` makes of such a drawing a picture that stands alone, for a notebook, a paper or a slide.
 
 What matplotlib adds around the drawing (document type, metadata with addresses, a style sheet that would apply to the
 whole page, ids that every drawing has alike) is taken off; the tests hold it to that.
@@ -28,13 +28,15 @@ from matplotlib.figure import Figure
 
 from interp_jax.report.coding_point import CodingPoint
 from interp_jax.report.demo_report import DictionaryScore, TrainingCurve
+from interp_jax.report.picture import Picture
 from interp_jax.steering.frontier import FrontierPoint
 
 __all__ = [
     "codes_by_codes",
     "coding_frontier",
     "density_histogram",
-    "picture_file",
+    "frontier_picture",
+    "on_white",
     "score_against_l0",
     "steering_frontier",
     "training_curve",
@@ -244,21 +246,27 @@ def steering_frontier(points: Sequence[FrontierPoint]) -> Markup:
         return _svg(figure, "steering-frontier", label)
 
 
-def picture_file(picture: Markup) -> str:
-    """A drawing as an SVG file of its own: in fixed colours, on white.
+def on_white(drawn: Markup) -> Picture:
+    """A drawing that stands alone, for a notebook or a file: in fixed colours, on white.
 
     Args:
-        picture: what one of the other functions gives.
-
-    Returns:
-        The file's text.
+        drawn: what one of the other functions gives.
     """
-    text = str(picture)
+    text = str(drawn)
     for variable, color in _ON_WHITE.items():
         text = text.replace(variable, color)
     opening, rest = text.split(">", 1)
     opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"', 1)
-    return f'{opening}><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
+    return Picture(f'{opening}><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'.encode(), "svg")
+
+
+def frontier_picture(points: Sequence[FrontierPoint]) -> Picture:
+    """`steering_frontier` for a notebook or a file.
+
+    Args:
+        points: what `interp_jax.steering.frontier` gives; of several methods, one after another.
+    """
+    return on_white(steering_frontier(points))
 
 
 def density_histogram(densities: Sequence[float]) -> Markup:

@@ -8,7 +8,7 @@ import pytest
 from interp_jax.report import TrainingCurve
 from interp_jax.report.pictures import (
     density_histogram,
-    picture_file,
+    on_white,
     score_against_l0,
     steering_frontier,
     training_curve,
@@ -72,7 +72,7 @@ def test_curve_is_drawn_where_its_values_are():
 
 
 def test_a_picture_is_a_file_of_its_own_in_fixed_colours():
-    text = picture_file(density_histogram([0.0, 1e-3, 0.02, 0.5]))
+    text = on_white(density_histogram([0.0, 1e-3, 0.02, 0.5])).content.decode()
     root = xml.etree.ElementTree.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert "var(" not in text

@@ -1,6 +1,7 @@
 """Pictures that a notebook shows: what they hold is what the numbers say, and they are files of their kind."""
 
 import io
+import xml.etree.ElementTree
 
 import jax.numpy as jnp
 import matplotlib.image
@@ -9,8 +10,9 @@ import pytest
 
 import interp_jax as ij
 from interp_jax.attribution import Nodes, atp, attention_patterns, logit_lens, prompt_pair
-from interp_jax.report import Picture, attention_picture, effects_picture, logit_lens_picture
+from interp_jax.report import Picture, attention_picture, effects_picture, frontier_picture, logit_lens_picture
 from interp_jax.report.heat_map import HeatMap
+from interp_jax.steering import frontier
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +89,12 @@ def test_attention_is_a_square_a_head(tiny):
         attention_picture(patterns[0])
     with pytest.raises(ValueError, match="2 labels"):
         attention_picture(patterns[0, 0], ["a", "b"])
+
+
+def test_a_frontier_stands_alone():
+    successes, losses = np.array([[False] * 4, [True] * 4]), np.array([3.0, 3.5])[:, None] + np.zeros((2, 4))
+    picture = frontier_picture(frontier("a <way>", (0.0, 2.0), successes, losses))
+    root = xml.etree.ElementTree.fromstring(picture.content)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "a <way>" in " ".join(root.itertext())
+    assert "var(--" not in picture._repr_mimebundle_()["image/svg+xml"]
