@@ -9,8 +9,8 @@ import itertools
 import math
 from typing import Any
 
+from benchmarks.drawing import panels, points_over_l0, save
 from benchmarks.sae.studies.comparison import by_seed, difference, estimate, table
-from benchmarks.sae.studies.drawing import panels, points_over_l0, save
 from benchmarks.sae.studies.groups import Group
 from benchmarks.sae.studies.setting import Judge
 from interp_jax.sae import SweepRun, TrainConfig

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from benchmarks.drawing import COLOURS, panels, points_over_l0, save
 from benchmarks.sae.studies.comparison import by_seed, difference, estimate, table
-from benchmarks.sae.studies.drawing import COLOURS, panels, points_over_l0, save
 from benchmarks.sae.studies.groups import Group
 from benchmarks.sae.studies.setting import Judge
 from interp_jax.sae import SweepRun, TrainConfig

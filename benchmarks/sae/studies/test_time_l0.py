@@ -8,8 +8,8 @@ import functools
 import itertools
 from typing import Any
 
+from benchmarks.drawing import panels, points_over_l0, save
 from benchmarks.sae.studies.comparison import difference, estimate, table
-from benchmarks.sae.studies.drawing import panels, points_over_l0, save
 from benchmarks.sae.studies.groups import Group
 from benchmarks.sae.studies.setting import Judge, largest, pursued
 from interp_jax.sae import SweepRun, TrainConfig
