@@ -382,7 +382,7 @@ def test_rows_that_are_none_are_told():
 def test_a_cache_without_room_and_rows_beyond_the_context_are_told_where_they_can_be_seen():
     model, tokens = random_model(LLAMA), random_tokens(LLAMA, seq=5)
     _, cache = model.extend(transformer.empty_cache(model, 2, 8), tokens)
-    with pytest.raises(ValueError, match=r"cache has 8 slots, 5 of them filled; 5 more do not fit"):
+    with pytest.raises(ValueError, match=r"cache has 8 slots, 5 of them filled: 5 more do not fit"):
         model.extend(cache, tokens)
     _, cache = model.extend(transformer.empty_cache(model, 2, 12), tokens)
     with pytest.raises(ValueError, match=r"at position 9; the model's context is 9 tokens"):
