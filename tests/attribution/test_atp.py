@@ -92,6 +92,44 @@ def test_integrated_gradients_add_up_where_the_path_is_laid(tiny, pair):
     assert abs(plain - (effects.corrupted - effects.clean)) > 0.1
 
 
+@pytest.mark.slow
+def test_integrated_gradients_are_the_mean_slope_along_the_path(tiny, pair):
+    """By central differences at each of the points between the two embeddings."""
+    clean, corrupted = jnp.asarray(pair.clean)[None], jnp.asarray(pair.corrupted)[None]
+    names = ["embed", "attn_heads", "mlp_act"]
+
+    @jax.jit
+    def moved(params, masks, share, step):
+        _, here = ij.fetch(tiny.forward, names)(params, clean)
+        _, there = ij.fetch(tiny.forward, names)(params, corrupted)
+        at = (None, "embed")
+        embedding = {at: here[at] + share * (there[at] - here[at])}
+
+        def between(params, tokens):
+            return ij.inject(tiny.forward)(embedding, params, tokens)
+
+        _, values = ij.fetch(between, names[1:])(params, clean)
+        given = {key: (values[key] + step * (there[key] - here[key]), masks[key]) for key in masks}
+        return LogitDifference(pair.answer, pair.wrong)(ij.inject(tiny.forward)({**embedding, **given}, params, clean))[
+            0
+        ]
+
+    found = integrated_gradients(tiny, pair, [Nodes("attn_heads"), Nodes("mlp_act", by="position")], n_steps=2)
+    shapes = jax.eval_shape(lambda: ij.fetch(tiny.forward, names[1:])(tiny.params, clean)[1])
+    for key, place, node in [
+        ((1, "attn_heads"), np.s_[-1, 2], (-1, 2)),
+        ((2, "attn_heads"), np.s_[-2, 0], (-2, 0)),
+        ((0, "mlp_act"), np.s_[-1], -1),
+        ((3, "mlp_act"), np.s_[-1], -1),
+    ]:
+        masks = {each: np.zeros(shape.shape[1:], bool) for each, shape in shapes.items()}
+        masks[key][place] = True
+        runs = [[moved(tiny.params, masks, share, sign * 0.02) for sign in (1, -1)] for share in (0.25, 0.75)]
+        slope = np.mean([(float(up) - float(down)) / 0.04 for up, down in runs])
+        assert abs(slope) > 1e-3
+        np.testing.assert_allclose(found[key][node], slope, rtol=0.01, atol=2e-4)
+
+
 def test_compiled_once_a_shape():
     model, traces = counting(linear_model())
     for attribute in (atp, integrated_gradients):
