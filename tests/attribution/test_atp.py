@@ -127,6 +127,7 @@ def test_integrated_gradients_are_the_mean_slope_along_the_path(tiny, pair):
         runs = [[moved(tiny.params, masks, share, sign * 0.02) for sign in (1, -1)] for share in (0.25, 0.75)]
         slope = np.mean([(float(up) - float(down)) / 0.04 for up, down in runs])
         assert abs(slope) > 1e-3
+        # f32 logits of about 10, a step of 0.02 to either side: rounding alone is 1e-4 of a slope.
         np.testing.assert_allclose(found[key][node], slope, rtol=0.01, atol=2e-4)
 
 
