@@ -10,6 +10,8 @@
   an atom that was picked does.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,8 +22,8 @@ from interp_jax.pursuit.norms import norm, safe_inverse
 
 __all__ = ["AtomTable"]
 
-BLOCK = 128
-"""Neighbouring atoms whose best correlation is found together."""
+BLOCK, PART = 128, 32
+"""Neighbouring atoms whose best correlation is found together, and a part of them."""
 
 
 class AtomTable(NamedTuple):
@@ -64,21 +66,32 @@ class AtomTable(NamedTuple):
         shard = jnp.argmax(scores, axis=0)[None]
         return jnp.max(scores, axis=0), jnp.take_along_axis(atoms, shard, axis=0)[0]
 
-    def units(self, picked: Int[Array, "batch"]) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch"]]:
-        """Atoms by their numbers, of norm one, and what they were multiplied by; zero ones stay zero.
+    def units(self, picked: Int[Array, "batch"]) -> Float[Array, "batch d_in"]:
+        """Atoms by their numbers, scaled to norm one; zero ones stay zero.
 
         Args:
             picked: their numbers.
         """
-        if self.axis is None:
-            inverse = self.inverse_norms[picked]
-            return self.atoms[picked].astype(inverse.dtype) * inverse[:, None], inverse
-        local = picked - self._first()
-        is_own = (local >= 0) & (local < len(self.atoms))
-        local = jnp.where(is_own, local, 0)
-        inverse = jnp.where(is_own, self.inverse_norms[local], 0)
-        own = self.atoms[local].astype(inverse.dtype) * inverse[:, None]
-        return jax.lax.psum((own, inverse), self.axis)
+        dtype = self.inverse_norms.dtype
+        return self._of_all_shards(
+            picked, lambda local: self.atoms[local].astype(dtype) * self.inverse_norms[local][:, None]
+        )
+
+    def inverses(self, picked: Int[Array, "batch slots"]) -> Float[Array, "batch slots"]:
+        """What `units` multiplies atoms by; zero for a number below zero.
+
+        Args:
+            picked: their numbers.
+        """
+        return self._of_all_shards(picked, lambda local: self.inverse_norms[local])
+
+    def _of_all_shards(self, picked: Int[Array, "*which"], found: Callable[[Array], Array]) -> Array:
+        """What one shard says of each of its own atoms, by their numbers on it; zeros for numbers below zero."""
+        local = picked if self.axis is None else picked - self._first()
+        is_own = (picked >= 0) & (local >= 0) & (local < len(self.atoms))
+        value = found(jnp.where(is_own, local, 0))
+        value = jnp.where(is_own.reshape(is_own.shape + (1,) * (value.ndim - is_own.ndim)), value, 0)
+        return value if self.axis is None else jax.lax.psum(value, self.axis)
 
     def _first(self) -> Int[Array, ""]:
         """The number of this shard's first atom."""
@@ -100,7 +113,9 @@ def _first_maximum(
         products, factors = jnp.pad(products, ((0, 0), (0, padding))), jnp.pad(factors, (0, padding))
     n_blocks = len(factors) // BLOCK
     blocks, factors = products.reshape(len(products), n_blocks, BLOCK), factors.reshape(n_blocks, BLOCK)
-    maxima = jnp.max(blocks * factors, axis=2)
+    # Parts of a block are compared with one another first, number by number: XLA for CPU stores whatever it reduces.
+    parts = [blocks[..., first : first + PART] * factors[:, first : first + PART] for first in range(0, BLOCK, PART)]
+    maxima = jnp.max(functools.reduce(jnp.maximum, parts), axis=2)
     which = jnp.argmax(maxima, axis=1)
     block = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0] * factors[which]
     return jnp.max(maxima, axis=1), which * BLOCK + jnp.argmax(block, axis=1)

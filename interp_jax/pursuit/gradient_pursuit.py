@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from interp_jax.pursuit.greedy import Method, pursue
+from interp_jax.pursuit.greedy import FINISHED, Method, pursue
 from interp_jax.pursuit.sparse_code import PRECISE, SparseCode
 
 __all__ = ["gradient_pursuit"]
@@ -78,9 +78,8 @@ def _refine(
     nonnegative: bool,
 ) -> tuple[Float[Array, "batch l0"], Any]:
     """One gradient step with exact line search on the active slots: of non-zero weight, and the one just picked."""
-    l0 = weights.shape[1]
-    is_active = (weights != 0) | (jnp.arange(l0)[None] == slot[:, None])
-    is_active &= slot[:, None] <= l0
+    is_active = (weights != 0) | (jnp.arange(weights.shape[1])[None] == slot[:, None])
+    is_active &= slot[:, None] != FINISHED
     gradient = jnp.where(is_active, products - jnp.einsum("bij,bj->bi", gram, weights, precision=PRECISE), 0)
     squared = jnp.sum(jnp.square(gradient), axis=1)
     curvature = jnp.einsum("bi,bij,bj->b", gradient, gram, gradient, precision=PRECISE)

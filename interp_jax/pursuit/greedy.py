@@ -40,7 +40,14 @@ __all__ = ["Method", "pursue"]
 DATA, LATENT = "data", "latent"
 """Axes of a mesh: rows are split over the one, the dictionary over the other."""
 
-_CHUNK_NUMBERS = {"cpu": 2**22}
+REFINE_ONLY, FINISHED = -1, -2
+"""What stands for a slot where a step picked none: no atom would help, only weights are refined; or nothing changes."""
+
+_STAGES, _SMALLEST_STAGE = 4, 8
+"""Slots are given out in so many stages, each of some slots at least: a step reads the atoms of all slots given out so
+far, twice, which is most of what it does beside the product. Every stage is compiled by itself."""
+
+_CHUNK_NUMBERS = {"cpu": 5 * 2**20}
 _CHUNK_NUMBERS_ELSEWHERE = 2**27
 _SMALLEST_CHUNK = 64
 """A chunk is as many signals as fill so many numbers, so that products are of a good size and memory is bounded."""
@@ -50,11 +57,12 @@ class Method(NamedTuple):
     """How a pursuit finds its weights, in the Gram space of the atoms that each signal has picked."""
 
     start: Callable[[int, int, Any], Any]
-    """From batch, l0 and dtype to whatever the method carries from step to step."""
+    """From batch, slots and dtype to what the method carries from step to step: arrays of which each axis but the first
+    is one of slots. New slots begin as zeros."""
     refine: Callable[..., tuple[Array, Any]]
     """`(weights, carried, gram, products, slot, number) -> (weights, carried)`: one step. `slot` is the one that was
-    picked; `l0` where no atom would help, for refinement only; `l0 + 1` where the signal is finished and nothing is to
-    change. Empty slots have zero rows in `gram` and zero `products`."""
+    picked, or `REFINE_ONLY` or `FINISHED`. Empty slots have zero rows in `gram` and zero `products`; there may be fewer
+    slots than l0, and more at a later step."""
     replay: Callable[..., Array]
     """`(weights, gram, products, slots) -> weights`: what the steps found, as a smooth function of `gram` and
     `products`, with all choices given by `weights` and `slots`."""
@@ -115,10 +123,16 @@ def _check(signals: Array, dictionary: Array, l0: int, tolerance: float) -> None
     if not isinstance(dictionary, jax.core.Tracer) and dictionary.is_fully_addressable:
         # Under jit a plain operation would give a tracer, although this dictionary is concrete.
         with jax.ensure_compile_time_eval():
-            is_bad = ~jnp.all(jnp.isfinite(dictionary), axis=1)
-            n_bad, first = int(jnp.sum(is_bad)), int(jnp.argmax(is_bad))
+            n_bad, first = np.asarray(_rows_not_finite(dictionary)).tolist()
         if n_bad:
             raise ValueError(f"dictionary row {first} holds NaN or infinity ({n_bad} such rows in all).")
+
+
+@jax.jit
+def _rows_not_finite(dictionary: Float[Array, "d_sae d_in"]) -> Int[Array, "2"]:
+    """How many rows hold NaN or infinity, and the first of them; together, as each answer is waited for."""
+    is_bad = ~jnp.all(jnp.isfinite(dictionary), axis=1)
+    return jnp.stack([jnp.sum(is_bad), jnp.argmax(is_bad)])
 
 
 def _check_mesh(mesh: Mesh, n_signals: int, n_atoms: int) -> None:
@@ -198,6 +212,56 @@ def _finish(
     return code_of(indices, weights, jnp.where(is_known, norm(residual), jnp.nan))
 
 
+class _State(NamedTuple):
+    """What a search knows after a step."""
+
+    residual: Float[Array, "batch d_in"]
+    indices: Int[Array, "batch slots"]
+    """Each slot's atom; -1 where it has none."""
+    atoms: tuple[Float[Array, "batch part d_in"], ...]
+    """Those of each stage's slots: what is read again and again is not copied when slots are added."""
+    gram: Float[Array, "batch slots slots"]
+    products: Float[Array, "batch slots"]
+    weights: Float[Array, "batch slots"]
+    """Of atoms of norm one and the signal scaled to norm one, as are `gram` and `products`."""
+    carried: Any
+
+    @classmethod
+    def of(cls, targets: Float[Array, "batch d_in"], method: Method, slots: int) -> "_State":
+        """Before the first step."""
+        size, d_in = targets.shape
+        zeros = functools.partial(jnp.zeros, dtype=targets.dtype)
+        return cls(
+            residual=targets,
+            indices=jnp.full((size, slots), -1, jnp.int32),
+            atoms=(zeros((size, slots, d_in)),),
+            gram=zeros((size, slots, slots)),
+            products=zeros((size, slots)),
+            weights=zeros((size, slots)),
+            carried=method.start(size, slots, targets.dtype),
+        )
+
+    def with_slots(self, slots: int) -> "_State":
+        """The same with so many slots, the new ones empty."""
+        more = slots - self.weights.shape[1]
+        if not more:
+            return self
+
+        def wider(value: Array, empty: int = 0) -> Array:
+            return jnp.pad(value, ((0, 0), *((0, more),) * (value.ndim - 1)), constant_values=empty)
+
+        part = jnp.zeros((len(self.residual), more, self.residual.shape[1]), self.residual.dtype)
+        return _State(
+            residual=self.residual,
+            indices=wider(self.indices, -1),
+            atoms=(*self.atoms, part),
+            gram=wider(self.gram),
+            products=wider(self.products),
+            weights=wider(self.weights),
+            carried=jax.tree.map(wider, self.carried),
+        )
+
+
 def _search(
     signals: Float[Array, "batch d_in"],
     limits: Int[Array, "batch"],
@@ -213,51 +277,47 @@ def _search(
     Returns:
         The atom that each slot holds; the slot that each step worked on first, as `Method.refine` is told; the weights.
     """
-    size, dtype = len(signals), signals.dtype
+    dtype = signals.dtype
     scales = norm(signals)
     targets = signals * safe_inverse(scales)[:, None]
     floor = 4 * jnp.finfo(dtype).eps
 
-    def step(carry: Any, number: Array) -> tuple[Any, Array]:
-        residual, atoms, inverses, indices, gram, products, weights, carried = carry
-        best, picked = table.best(residual, is_signed=not nonnegative)
-        is_running = (jnp.linalg.norm(residual, axis=1) > tolerance) & (number < limits)
+    def step(state: _State, number: Array) -> tuple[_State, Array]:
+        best, picked = table.best(state.residual, is_signed=not nonnegative)
+        is_running = (jnp.linalg.norm(state.residual, axis=1) > tolerance) & (number < limits)
         is_useful = (best > floor) & is_running
         picked = jnp.where(is_useful, picked, 0).astype(jnp.int32)
 
-        same = (indices == picked[:, None]) & is_useful[:, None]
+        same = (state.indices == picked[:, None]) & is_useful[:, None]
         is_new = is_useful & ~jnp.any(same, axis=1)
-        slot = jnp.where(is_new, number, jnp.where(is_useful, jnp.argmax(same, axis=1), l0)).astype(jnp.int32)
-        slot = jnp.where(is_running, slot, l0 + 1)
+        slot = jnp.where(is_new, number, jnp.where(is_useful, jnp.argmax(same, axis=1), REFINE_ONLY))
+        slot = jnp.where(is_running, slot, FINISHED).astype(jnp.int32)
 
         # A slot that is not new keeps zeros here: it is never active, and zero rows of the Gram matrix do no harm.
-        unit, inverse = table.units(picked)
-        atom = jnp.where(is_new[:, None], unit, 0).astype(dtype)
-        atoms = jax.lax.dynamic_update_index_in_dim(atoms, atom, number, axis=1)
-        inverses = inverses.at[:, number].set(jnp.where(is_new, inverse, 0).astype(dtype))
-        indices = indices.at[:, number].set(jnp.where(is_new, picked, -1))
-        row = jnp.einsum("bkd,bd->bk", atoms, atom, precision=PRECISE)
-        gram = gram.at[:, number, :].set(row).at[:, :, number].set(row)
-        products = products.at[:, number].set(jnp.sum(atom * targets, axis=1))
+        atom = jnp.where(is_new[:, None], table.units(picked), 0).astype(dtype)
+        *before, last = state.atoms
+        place = number - sum(part.shape[1] for part in before)
+        atoms = (*before, jax.lax.dynamic_update_index_in_dim(last, atom, place, axis=1))
+        indices = state.indices.at[:, number].set(jnp.where(is_new, picked, -1))
+        row = jnp.concatenate([jnp.einsum("bkd,bd->bk", part, atom, precision=PRECISE) for part in atoms], axis=1)
+        gram = state.gram.at[:, number, :].set(row).at[:, :, number].set(row)
+        products = state.products.at[:, number].set(jnp.sum(atom * targets, axis=1))
 
-        weights, carried = method.refine(weights, carried, gram, products, slot, number)
-        residual = targets - jnp.einsum("bk,bkd->bd", weights, atoms, precision=PRECISE)
-        return (residual, atoms, inverses, indices, gram, products, weights, carried), slot
+        weights, carried = method.refine(state.weights, state.carried, gram, products, slot, number)
+        residual, first = targets, 0
+        for part in atoms:
+            of_part = weights[:, first : (first := first + part.shape[1])]
+            residual = residual - jnp.einsum("bk,bkd->bd", of_part, part, precision=PRECISE)
+        return _State(residual, indices, atoms, gram, products, weights, carried), slot
 
-    zeros = functools.partial(jnp.zeros, dtype=dtype)
-    start = (
-        targets,
-        zeros((size, l0, signals.shape[1])),
-        zeros((size, l0)),
-        jnp.full((size, l0), -1, jnp.int32),
-        zeros((size, l0, l0)),
-        zeros((size, l0)),
-        zeros((size, l0)),
-        method.start(size, l0, dtype),
-    )
-    (_, _, inverses, indices, _, _, weights, _), slots = jax.lax.scan(step, start, jnp.arange(l0))
-    weights = weights * scales[:, None] * inverses
-    return indices, slots.T, jnp.where(jnp.isfinite(weights), weights, 0)
+    stage = min(l0, max(_SMALLEST_STAGE, -(-l0 // _STAGES)))
+    state, slots = _State.of(targets, method, stage), []
+    for first in range(0, l0, stage):
+        end = min(first + stage, l0)
+        state, of_stage = jax.lax.scan(step, state.with_slots(end), jnp.arange(first, end))
+        slots.append(of_stage)
+    weights = state.weights * scales[:, None] * table.inverses(state.indices)
+    return state.indices, jnp.concatenate(slots).T, jnp.where(jnp.isfinite(weights), weights, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

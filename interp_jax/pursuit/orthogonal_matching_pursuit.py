@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from interp_jax.pursuit.greedy import Method, pursue
+from interp_jax.pursuit.greedy import FINISHED, Method, pursue
 from interp_jax.pursuit.norms import norm, safe_inverse
 from interp_jax.pursuit.sparse_code import PRECISE, SparseCode
 
@@ -125,8 +125,7 @@ def _refine_signed(
     With G = L L^T and M = L^-1, a new atom of correlations g with those before it and norm one has the row
     [-(M g)^T M, 1] / d, where d^2 = 1 - |M g|^2.
     """
-    l0 = weights.shape[1]
-    is_number = jnp.arange(l0) == number
+    is_number = jnp.arange(weights.shape[1]) == number
     before = jnp.where(is_number, 0, jnp.take(gram, number, axis=2))
     projected = _times(inverse, before)
     squared = jnp.take(jnp.diagonal(gram, axis1=1, axis2=2), number, axis=1) - jnp.sum(jnp.square(projected), axis=1)
@@ -147,7 +146,7 @@ def _refine_signed(
         """The squared residual, but for the target's own square."""
         return jnp.sum(weights * (_times(gram, weights) - 2 * products), axis=1)
 
-    is_taken = (slot <= l0) & (left(solved) <= left(weights))
+    is_taken = (slot != FINISHED) & (left(solved) <= left(weights))
     return jnp.where(is_taken[:, None], solved, weights), inverse
 
 
@@ -199,7 +198,7 @@ def _refine_nonnegative(
         )
 
     is_passive = (weights > 0) | (slots == slot[:, None])
-    start = (weights, is_passive, slot > l0, jnp.int32(0))
+    start = (weights, is_passive, slot == FINISHED, jnp.int32(0))
     return jax.lax.while_loop(is_unfinished, work, start)[0], carried
 
 
