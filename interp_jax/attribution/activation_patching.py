@@ -24,6 +24,7 @@ besides the model's parameters is held against the budget.
 """
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -47,6 +48,7 @@ __all__ = [
     "Patching",
     "activation_patching",
     "by_family",
+    "check_budget",
     "families_of_sets",
     "joint_patching",
     "patch_families",
@@ -63,6 +65,10 @@ Forward = Callable[[Any, Int[Array, "batch seq"]], Float[Array, "batch seq vocab
 MOST_ROWS = 64
 """Rows of a batch at most. More rows make it no faster once the processor is busy."""
 DEFAULT_BUDGET = 2 * 2**30
+_TOO_SMALL = (
+    "A batch of one row needs {least} bytes besides the model's parameters, more than the memory budget of {budget:,}. "
+    "Raise the budget, or name fewer layers."
+)
 
 
 def site_values(forward: Forward, families: Sequence[Family], params: Any, tokens: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -168,6 +174,23 @@ def by_family(families: Sequence[Family], masks: Bool[np.ndarray, "rows n_nodes"
     )
 
 
+def check_budget(families: Sequence[Family], memory_budget: int) -> None:
+    """Refuses, before anything is run, a budget that cannot even hold what is patched in.
+
+    What a batch needs in all is known once it is compiled (`rows_that_fit`).
+
+    Args:
+        families: whose values are held.
+        memory_budget: bytes.
+
+    Raises:
+        ValueError: if their values, at two bytes a number, do not fit.
+    """
+    least = 2 * sum(len(family.layers) * math.prod(family.shape) for family in families)
+    if least > memory_budget:
+        raise ValueError(_TOO_SMALL.format(least=f"at least {least:,}", budget=memory_budget))
+
+
 def rows_that_fit(n_rows: int, needed: Callable[[int], int], memory_budget: int) -> int:
     """How many rows a batch has: as many as fit the budget, and no more than share all rows out evenly.
 
@@ -182,10 +205,7 @@ def rows_that_fit(n_rows: int, needed: Callable[[int], int], memory_budget: int)
     rows = -(-n_rows // -(-n_rows // MOST_ROWS))
     while (bytes_needed := needed(rows)) > memory_budget:
         if rows == 1:
-            raise ValueError(
-                f"A batch of one row needs {bytes_needed:,} bytes besides the model's parameters, more than the memory "
-                f"budget of {memory_budget:,}. Raise the budget, or name fewer layers."
-            )
+            raise ValueError(_TOO_SMALL.format(least=f"{bytes_needed:,}", budget=memory_budget))
         rows = max(1, min(rows - 1, rows * memory_budget // bytes_needed))
     return rows
 
@@ -219,6 +239,7 @@ class Patching:
             raise ValueError("prompts= are what mean and resample ablation take values from: give both or neither.")
         self.language_model, self.pair = language_model, pair
         self.families = resolve(language_model, nodes, pair.seq)
+        check_budget(self.families, memory_budget)
         self._pass = run = measured_pass(
             language_model, self.families, metric_of(metric, pair, language_model.vocab_size)
         )

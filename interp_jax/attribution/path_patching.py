@@ -29,6 +29,7 @@ from interp_jax.attribution.activation_patching import (
     Direction,
     Forward,
     by_family,
+    check_budget,
     families_of_sets,
     patch_families,
     rows_that_fit,
@@ -82,6 +83,7 @@ def path_patching(
     sending_nodes, sets = families_of_sets(language_model, senders, pair.seq)
     receiving_nodes, received = families_of_sets(language_model, [receivers], pair.seq)
     sending, receiving = (resolve(language_model, nodes, pair.seq) for nodes in (sending_nodes, receiving_nodes))
+    check_budget((*sending, *receiving), memory_budget)
     _check_blocks(senders, receivers)
     frozen, flags = _frozen(language_model, senders, pair.seq)
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)

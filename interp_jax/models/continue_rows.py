@@ -13,7 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Bool, Int
 
-from interp_jax.models.cached_decoding import decode_with_cache
+from interp_jax.models.cached_decoding import decode_with_cache, is_worth_turning
 from interp_jax.models.decoding import Decoded, NonFiniteLogitsError, PlacedIntervention, Sampling
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
@@ -173,9 +173,10 @@ def continue_rows(
     transformer = model.params if isinstance(model, LanguageModel) else model
     if isinstance(transformer, Transformer):
         tokens, is_token = padded(rows, multiple)
+        turns_weights = is_worth_turning(transformer, len(rows), max_new_tokens)
         decoded = decode_with_cache(
-            transformer, tokens, is_token, keys, *shared, sites, layers, fetch_sites, fetch_layers
-        )  # fmt: skip
+            transformer, tokens, is_token, keys, *shared, sites, layers, fetch_sites, fetch_layers, turns_weights
+        )
     else:
         assert isinstance(model, LanguageModel)
         if fetch_sites:

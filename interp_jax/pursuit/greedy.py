@@ -20,6 +20,7 @@ On a mesh the search runs under `jax.shard_map`: rows split over `data`, the dic
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,26 +84,20 @@ def pursue(
     signals, dictionary = jnp.asarray(signals), jnp.asarray(dictionary)
     batch = signals.shape[:-1]
     size = l0 if max_l0 is None else max_l0
-    if not jnp.issubdtype(jnp.asarray(l0).dtype, jnp.integer):
-        raise ValueError(f"l0 has dtype {jnp.asarray(l0).dtype}; expected whole numbers: the most atoms of a signal.")
+    if not jnp.issubdtype(jnp.result_type(l0), jnp.integer):
+        raise ValueError(f"l0 has dtype {jnp.result_type(l0)}; expected whole numbers: the most atoms of a signal.")
     if not isinstance(size, int | np.integer):
         raise ValueError(f"l0 is an array of shape {jnp.shape(l0)}: max_l0 must say the most atoms of any signal.")
     size = int(size)
     _check(signals, dictionary, size, tolerance)
     if jnp.shape(l0) not in ((), batch):
         raise ValueError(f"l0 has shape {jnp.shape(l0)}; expected one number, or one a signal, {batch}.")
-    limits = jnp.broadcast_to(jnp.minimum(jnp.asarray(l0, jnp.int32), size), batch).reshape(-1)
-    dtype = jnp.promote_types(signals.dtype, jnp.float32)
-    if dictionary.dtype != jnp.bfloat16:
-        dtype = jnp.promote_types(dtype, dictionary.dtype)
-        dictionary = dictionary.astype(dtype)
-    flat = signals.reshape(-1, signals.shape[-1]).astype(dtype)
     if mesh is not None:
-        _check_mesh(mesh, len(flat), dictionary.shape[0])
+        _check_mesh(mesh, math.prod(batch), dictionary.shape[0])
         # Axes of `jax.make_mesh` would be part of the arrays' types; here they are the compiler's.
         mesh = Mesh(mesh.devices, mesh.axis_names)
-    code = _pursue(method, flat, dictionary, limits, size, nonnegative, float(tolerance), mesh)
-    return SparseCode(*(value.reshape(*batch, *value.shape[1:]) for value in code))
+    limits = np.int32(l0) if isinstance(l0, int | np.integer) else l0
+    return _pursue(method, signals, dictionary, limits, size, nonnegative, float(tolerance), mesh)
 
 
 def _check(signals: Array, dictionary: Array, l0: int, tolerance: float) -> None:
@@ -147,6 +142,28 @@ def _check_mesh(mesh: Mesh, n_signals: int, n_atoms: int) -> None:
 
 @functools.partial(jax.jit, static_argnames=("method", "l0", "nonnegative", "tolerance", "mesh"))
 def _pursue(
+    method: Method,
+    signals: Float[Array, "*batch d_in"],
+    dictionary: Float[Array, "d_sae d_in"],
+    limits: Int[Array, "..."],
+    l0: int,
+    nonnegative: bool,
+    tolerance: float,
+    mesh: Mesh | None,
+) -> SparseCode:
+    """The codes of signals of any shape: one program, as on a GPU each operation by itself costs as much as a step."""
+    batch = signals.shape[:-1]
+    dtype = jnp.promote_types(signals.dtype, jnp.float32)
+    if dictionary.dtype != jnp.bfloat16:
+        dtype = jnp.promote_types(dtype, dictionary.dtype)
+        dictionary = dictionary.astype(dtype)
+    limits = jnp.broadcast_to(jnp.minimum(limits, l0).astype(jnp.int32), batch).reshape(-1)
+    flat = signals.reshape(-1, signals.shape[-1]).astype(dtype)
+    code = _pursue_rows(method, flat, dictionary, limits, l0, nonnegative, tolerance, mesh)
+    return SparseCode(*(value.reshape(*batch, *value.shape[1:]) for value in code))
+
+
+def _pursue_rows(
     method: Method,
     signals: Float[Array, "batch d_in"],
     dictionary: Float[Array, "d_sae d_in"],

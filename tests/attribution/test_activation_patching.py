@@ -11,7 +11,7 @@ from small_models import foreign, small_model, small_tokens
 import interp_jax as ij
 from interp_jax.attribution.activation_patching import Patching, activation_patching, joint_patching
 from interp_jax.attribution.metric import KL, LogitDifference, Loss
-from interp_jax.attribution.nodes import Node, Nodes, as_mask
+from interp_jax.attribution.nodes import Node, Nodes, as_mask, sites_of
 from interp_jax.models import transformer
 
 pytestmark = pytest.mark.caches  # many compiled passes
@@ -261,8 +261,19 @@ def test_the_budget_sets_the_rows_and_too_small_a_one_is_refused():
     done = []
     np.testing.assert_allclose(small.of_nodes(range(20), done.append), whole.of_nodes(range(20)), atol=1e-6)
     assert sum(done) == 20
-    with pytest.raises(ValueError, match=r"one row needs [\d,]+ bytes .* budget of 100"):
+    with pytest.raises(
+        ValueError, match=rf"one row needs {whole._needed(1):,} bytes .* budget of {whole._needed(1) - 1:,}"
+    ):
+        activation_patching(model, pair, NODES, memory_budget=whole._needed(1) - 1)
+
+
+def test_a_budget_that_cannot_hold_what_is_patched_in_is_refused_before_the_model_runs():
+    (model, traces), pair = counting(linear_model()), pair_of(CLEAN, CORRUPTED, 1, 4)
+    sites_of(model, SEQ)
+    before = len(traces)
+    with pytest.raises(ValueError, match=r"one row needs at least [\d,]+ bytes .* budget of 100"):
         activation_patching(model, pair, NODES, memory_budget=100)
+    assert len(traces) == before
 
 
 @pytest.mark.parametrize(
