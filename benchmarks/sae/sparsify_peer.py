@@ -2,6 +2,7 @@
 calls them one after another."""
 
 import importlib
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from benchmarks.pytorch_device import peer_device, wait_for
 def main() -> None:
     """Serves the step: `prepare` makes it, `step` runs it."""
     torch: Any = importlib.import_module("torch")
+    device = peer_device(torch)
+    if device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # or it takes its GPU kernels wherever Triton is installed
     sparsify: Any = importlib.import_module("sparsify")
     config_module: Any = importlib.import_module("sparsify.config")
-    device = peer_device(torch)
     batch = torch.tensor(np.load(pathlib.Path(sys.argv[1])), device=device)
     steps: dict[str, Callable[[], None]] = {}
 

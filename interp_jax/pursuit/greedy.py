@@ -97,7 +97,10 @@ def pursue(
         # Axes of `jax.make_mesh` would be part of the arrays' types; here they are the compiler's.
         mesh = Mesh(mesh.devices, mesh.axis_names)
     limits = np.int32(l0) if isinstance(l0, int | np.integer) else l0
-    return _pursue(method, signals, dictionary, limits, size, nonnegative, float(tolerance), mesh)
+    bad_rows = _bad_rows(dictionary)
+    code = _pursue(method, signals, dictionary, limits, size, nonnegative, float(tolerance), mesh)
+    _refuse(bad_rows)  # waited for once the device has work to do
+    return code
 
 
 def _check(signals: Array, dictionary: Array, l0: int, tolerance: float) -> None:
@@ -115,12 +118,22 @@ def _check(signals: Array, dictionary: Array, l0: int, tolerance: float) -> None
             raise ValueError(
                 f"{name} have dtype {value.dtype}; expected a floating type. Convert with .astype('float32')."
             )
-    if not isinstance(dictionary, jax.core.Tracer) and dictionary.is_fully_addressable:
-        # Under jit a plain operation would give a tracer, although this dictionary is concrete.
-        with jax.ensure_compile_time_eval():
-            n_bad, first = np.asarray(_rows_not_finite(dictionary)).tolist()
-        if n_bad:
-            raise ValueError(f"dictionary row {first} holds NaN or infinity ({n_bad} such rows in all).")
+
+
+def _refuse(bad_rows: Array | None) -> None:
+    """Raises ValueError for a dictionary with rows that are not finite, once that is known."""
+    n_bad, first = (0, 0) if bad_rows is None else np.asarray(bad_rows).tolist()
+    if n_bad:
+        raise ValueError(f"dictionary row {first} holds NaN or infinity ({n_bad} such rows in all).")
+
+
+def _bad_rows(dictionary: Array) -> Array | None:
+    """`_rows_not_finite` of a dictionary whose values are known."""
+    if isinstance(dictionary, jax.core.Tracer) or not dictionary.is_fully_addressable:
+        return None
+    # Under jit a plain operation would give a tracer, although this dictionary is concrete.
+    with jax.ensure_compile_time_eval():
+        return _rows_not_finite(dictionary)
 
 
 @jax.jit

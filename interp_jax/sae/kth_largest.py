@@ -5,17 +5,21 @@ count of the numbers that reach a candidate for each of 31 bits. To count few nu
 stages: the k largest lie in the k groups with the largest maxima.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from interp_jax.sae.gpu_or_default import gpu_or_default
 from interp_jax.sae.true_places import first_true, true_places
 
 __all__ = ["LargestPairs", "kth_largest", "largest_pairs", "largest_pairs_of_shard"]
 
 GROUP = 16
+_BITS = 31
+"""Of a float that is not negative."""
 
 
 class LargestPairs(NamedTuple):
@@ -37,15 +41,23 @@ def kth_largest(values: Float[Array, "*shape"], k: int, axes: tuple[str, ...] = 
     """
     bits = jax.lax.bitcast_convert_type(jax.nn.relu(values), jnp.int32)
 
-    def narrow(number: Array, prefix: Array) -> Array:
-        candidate = prefix | (1 << (30 - number))
+    def narrow(number: Any, prefix: Array) -> Array:
+        candidate = prefix | (1 << (_BITS - 1 - number))
         count = jnp.sum(bits >= candidate, dtype=jnp.int32)
         if axes:
             # More than k are as good as k, and the counts of many shards might not fit 32 bits.
             count = jax.lax.psum(jnp.minimum(count, k), axes)
         return jnp.where(count >= k, candidate, prefix)
 
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, narrow, jnp.int32(0)), jnp.float32)
+    def search(start: Array) -> Array:
+        return jax.lax.fori_loop(0, _BITS, narrow, start)
+
+    def search_unrolled(start: Array) -> Array:
+        return functools.reduce(lambda prefix, number: narrow(number, prefix), range(_BITS), start)
+
+    # Shards that count together do so in a loop on any device.
+    found = search(jnp.int32(0)) if axes else gpu_or_default(jnp.int32(0), gpu=search_unrolled, default=search)
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
 def largest_pairs(values: Float[Array, "batch n"], k: int) -> LargestPairs:

@@ -19,6 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from interp_jax.sae.counts_up_to import counts_up_to
+from interp_jax.sae.gpu_or_default import gpu_or_default
+
 __all__ = ["LatentGroups", "group_by_latent", "sum_by_latent"]
 
 PIECE = 16
@@ -56,8 +59,7 @@ def group_by_latent(latents: Int[Array, "pairs"], is_active: Bool[Array, "pairs"
         latents, order = (keys >> bits).astype(jnp.int32), (keys & (2**bits - 1)).astype(jnp.int32)
     else:
         latents, order = jax.lax.sort((latents.astype(jnp.int32), jnp.arange(n_pairs, dtype=jnp.int32)), num_keys=1)
-    starts = jnp.searchsorted(latents, jnp.arange(d_sae + 1, dtype=jnp.int32)).astype(jnp.int32)
-    return LatentGroups(order, starts)
+    return LatentGroups(order, jnp.pad(counts_up_to(latents, d_sae), (1, 0)))
 
 
 def sum_by_latent(
@@ -79,7 +81,7 @@ def sum_by_latent(
     extra = jnp.maximum(0, -(-(groups.counts - PIECE) // PIECE))
     ends = jnp.cumsum(extra)
     piece = jnp.arange(n_overflow, dtype=jnp.int32)
-    owner = jnp.searchsorted(ends, piece, side="right").astype(jnp.int32)
+    owner = counts_up_to(ends, n_overflow)
     known = jnp.minimum(owner, d_sae - 1)
     overflow_start = starts[known] + PIECE * (1 + piece - (ends - extra)[known])
     first = jnp.concatenate([starts[:-1], overflow_start])
@@ -102,12 +104,21 @@ def gathered_sum(
 ) -> Float[Array, "n d"]:
     """`sum over t of factors[t, i] * rows[indices[t, i]]`, with nothing of size n * terms * d in between."""
     unroll = next(size for size in (_UNROLL, 2, 1) if len(factors) % size == 0)
+    # On a GPU one kernel reads all terms; a step of a scan would write the sums and read them again.
+    at_once, in_steps = (functools.partial(_gathered_sum, unroll=each) for each in (len(factors), unroll))
+    return gpu_or_default(factors, rows, indices, gpu=at_once, default=in_steps)
 
+
+def _gathered_sum(
+    factors: Float[Array, "terms n"], rows: Float[Array, "m d"], indices: Int[Array, "terms n"], *, unroll: int
+) -> Float[Array, "n d"]:
     def add(total, terms):
         for factor, index in zip(*terms, strict=True):
             total = total + factor[:, None] * rows[index]
         return total, None
 
-    split = functools.partial(jnp.reshape, shape=(-1, unroll, factors.shape[1]))
     start = jnp.zeros((factors.shape[1], rows.shape[1]), rows.dtype)
+    if unroll == len(factors):
+        return add(start, (factors, indices))[0]
+    split = functools.partial(jnp.reshape, shape=(-1, unroll, factors.shape[1]))
     return jax.lax.scan(add, start, (split(factors), split(indices)))[0]

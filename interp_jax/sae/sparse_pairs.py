@@ -21,7 +21,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from interp_jax.sae.autoencoder import SparseAutoencoder, affine
+from interp_jax.sae.counts_up_to import counts_up_to
 from interp_jax.sae.encoder_gradients import SparseWeights, encoder_gradients, sparse_weights
+from interp_jax.sae.gpu_or_default import gpu_or_default
 from interp_jax.sae.kth_largest import LargestPairs, largest_pairs_of_shard
 from interp_jax.sae.latent_sums import LatentGroups, group_by_latent, sum_by_latent
 from interp_jax.sae.mesh import DATA, LATENT, WEIGHTS, first_latent, sum_over_shards
@@ -68,7 +70,7 @@ def first_pairs(mask: TruePlaces, shape: tuple[int, int], n_pairs: int) -> Spars
     is_active, known = found >= 0, jnp.maximum(found, 0)
     rows, columns = known // d_sae, known % d_sae
     # In the order of the rows as they are: nothing is to be sorted.
-    starts = jnp.searchsorted(jnp.where(is_active, rows, batch), jnp.arange(batch + 1)).astype(jnp.int32)
+    starts = jnp.pad(counts_up_to(jnp.where(is_active, rows, batch), batch), (1, 0))
     by_row = LatentGroups(jnp.arange(n_pairs, dtype=jnp.int32), starts)
     return SparsePairs(rows, columns, is_active, group_by_latent(columns, is_active, d_sae), rows, by_row)
 
@@ -146,8 +148,15 @@ def decode_at(
 
 def _decode_at_backward(kept, gradient: Array):
     codes, W_dec, pairs = kept
-    product = functools.partial(_product, gradient, W_dec)
-    products = jax.lax.map(product, (pairs.places, pairs.columns), batch_size=min(_CHUNK, len(pairs.places)))
+
+    def in_chunks(gradient: Array, W_dec: Array, places: Array, columns: Array) -> Array:
+        product = functools.partial(_product, gradient, W_dec)
+        return jax.lax.map(product, (places, columns), batch_size=min(_CHUNK, len(places)))
+
+    def at_once(gradient: Array, W_dec: Array, places: Array, columns: Array) -> Array:
+        return jnp.sum(gradient[places] * W_dec[columns], axis=1)
+
+    products = gpu_or_default(gradient, W_dec, pairs.places, pairs.columns, gpu=at_once, default=in_chunks)
     by_code = jnp.where(pairs.is_active, products, 0)
     return by_code, sum_by_latent(codes, gradient, pairs.places, pairs.by_latent), None
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from interp_jax.sae.autoencoder import Batch, Outcome, SparseAutoencoder, Sparsity, affine, random_arrays
 from interp_jax.sae.encoder_gradients import SparseWeights, encoder_gradients, sparse_weights
+from interp_jax.sae.gpu_or_default import gpu_or_default
 from interp_jax.sae.grouped_top_k import grouped_top_k
 from interp_jax.sae.latent_sums import LatentGroups, gathered_sum, group_by_latent, sum_by_latent
 from interp_jax.sae.mesh import DATA, LATENT, WEIGHTS, sum_over_shards
@@ -173,9 +174,16 @@ _decode.defvjp(_decode_forward, _decode_backward)
 def _gathered_products(
     rows: Float[Array, "batch d"], matrix: Float[Array, "n d"], indices: Int[Array, "batch k"]
 ) -> Float[Array, "batch k"]:
-    """`rows[b] @ matrix[indices[b, j]]`, a chunk of the batch at a time."""
-    run = functools.partial(_products, matrix)
-    return jax.lax.map(run, (rows, indices), batch_size=min(_CHUNK, len(rows)))
+    """`rows[b] @ matrix[indices[b, j]]`."""
+
+    def in_chunks(rows: Array, matrix: Array, indices: Array) -> Array:
+        run = functools.partial(_products, matrix)
+        return jax.lax.map(run, (rows, indices), batch_size=min(_CHUNK, len(rows)))
+
+    def at_once(rows: Array, matrix: Array, indices: Array) -> Array:
+        return jnp.sum(matrix[indices] * rows[:, None], axis=2)
+
+    return gpu_or_default(rows, matrix, indices, gpu=at_once, default=in_chunks)
 
 
 def _products(matrix: Array, row_and_indices: tuple[Array, Array]) -> Array:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
+from interp_jax.sae.counts_up_to import counts_up_to
+
 __all__ = ["TruePlaces", "first_true", "true_places"]
 
 _BITS = 32
@@ -53,7 +55,7 @@ def first_true(places: TruePlaces, k: int) -> Int[Array, "k"]:
     """
     words, running = places
     number = jnp.arange(k, dtype=jnp.int32)
-    word = jnp.searchsorted(running, number, side="right").astype(jnp.int32)
+    word = counts_up_to(running, k)
     is_there = word < len(words)
     word = jnp.minimum(word, len(words) - 1)
     before = jnp.where(word > 0, running[word - 1], 0)

@@ -1,0 +1,47 @@
+"""What a GPU computes in another way is what the others compute: its ways are taken here, on a CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from interp_jax.sae import TrainConfig
+from interp_jax.sae.counts_up_to import by_counting, by_searching
+from interp_jax.sae.step import initial_state, step
+from interp_jax.sae.superposition import random_directions, superposed
+
+BATCH = superposed(jax.random.key(1), random_directions(jax.random.key(0), 64, 24), 96, 4)
+
+
+def as_on_a_gpu(*args, default, **by_platform):
+    return by_platform.get("cuda", default)(*args)
+
+
+def trained(config):
+    jax.clear_caches()
+    state = jax.jit(functools.partial(initial_state, config))(BATCH)
+    run = jax.jit(functools.partial(step, config))
+    for _ in range(4):
+        state, metrics = run(state, BATCH, 5)
+    return state.sae, metrics
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"])
+def test_training_on_a_gpu_s_ways_gives_the_same_dictionary(architecture, monkeypatch):
+    sparse = {"k": 3} if "topk" in architecture or architecture == "matryoshka" else {}
+    config = TrainConfig(24, 256, architecture, **sparse)
+    expected = trained(config)
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_a_gpu)
+    found = trained(config)
+    jax.clear_caches()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("counted", [by_counting, by_searching])
+def test_counts_are_those_of_numpy(counted):
+    values = np.sort(np.random.default_rng(0).integers(0, 50, 200)).astype(np.int32)
+    for size in (1, 30, 80):
+        expected = np.searchsorted(values, np.arange(size), side="right")
+        np.testing.assert_array_equal(counted(jnp.asarray(values), size), expected)
