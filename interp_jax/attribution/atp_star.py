@@ -19,7 +19,7 @@ a key's group.
 **GradDrop.** A direct and an indirect effect that cancel hide a node. For each layer in turn the gradient that comes
 back through what that layer adds to the stream (`attn_out` and `mlp_out`) is dropped, and the node's score is the mean
 of the absolute effect over the dropped layers, its own excepted. So scores are not signed. The forward pass runs once,
-the backward passes one after another, in the memory of one.
+the backward passes a few layers at a time, in next to no more memory than one.
 """
 
 import functools
@@ -45,6 +45,8 @@ __all__ = ["atp_star", "changed_by_a_key", "changed_by_keys"]
 
 _ADDED = ("attn_out", "mlp_out")
 """Where a layer writes to the stream."""
+_TOGETHER = 3
+"""Layers that are dropped at once, each in a row of its own of one backward pass, which reads the weights once."""
 _SOFTMAX_TOLERANCE = 2e-2
 """How far the model's probabilities may be from the softmax of its logits: rounding to bfloat16, not another rule."""
 
@@ -143,14 +145,20 @@ def _atp_star(
     layers = sorted(layer for layer in layers_of(dropped) if layer is not None)
     n_layers = max(layers) + 1
 
-    def drop(total: Any, layer: Any) -> tuple[Any, None]:
-        gates = jnp.ones(n_layers).at[layer].set(0.0)
+    def without(layer: Any) -> tuple[Any, ...]:
+        gates = jnp.ones(n_layers).at[layer].set(0.0, mode="drop")
         found = _gathered(families, back(given | {"gates": gates}))
-        return tuple(each + _counts(family, layer) * jnp.abs(new)
-                     for family, each, new in zip(families, total, found, strict=True)), None  # fmt: skip
+        return tuple(
+            (layer < n_layers) * _counts(family, layer) * jnp.abs(each)
+            for family, each in zip(families, found, strict=True)
+        )
+
+    def drop(total: Any, together: Any) -> tuple[Any, None]:
+        return jax.tree.map(lambda each, new: each + new.sum(0), total, jax.vmap(without)(together)), None
 
     zeros = tuple(jnp.zeros((len(family.layers), *family.by_shape)) for family in families)
-    total, _ = jax.lax.scan(drop, zeros, jnp.asarray(layers))
+    together = np.pad(layers, (0, -len(layers) % _TOGETHER), constant_values=n_layers)  # no layer, which does not count
+    total, _ = jax.lax.scan(drop, zeros, jnp.asarray(together.reshape(-1, _TOGETHER)))
     means = []
     for family, each in zip(families, total, strict=True):
         n_counted = sum(_counts(family, layer) for layer in layers)

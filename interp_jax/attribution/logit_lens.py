@@ -179,7 +179,8 @@ def _lens(
     def predicted(stream: Array) -> _Prediction:
         log_probabilities = jax.nn.log_softmax(read_out(forward, n_layers, params, stream).astype(jnp.float32))
         chosen, chosen_tokens = jax.lax.top_k(log_probabilities, top)
-        kl = jnp.sum(jnp.exp(final) * (final - log_probabilities), axis=-1)
+        # Of two equal predictions the sum may be a rounding error below zero.
+        kl = jnp.maximum(jnp.sum(jnp.exp(final) * (final - log_probabilities), axis=-1), 0)
         if targets is None:
             return _Prediction(chosen_tokens, jnp.exp(chosen), kl, None, None)
         of_target = jnp.take_along_axis(log_probabilities, targets[:, None, None], axis=-1)

@@ -16,11 +16,14 @@ Gemma Scope's files are read by SAELens' own loaders, given a local folder inste
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import sys
 
 import numpy as np
+
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # or sparsify takes its GPU kernels wherever Triton is installed
 
 DATA = pathlib.Path(__file__).parent / "data"
 D_IN, D_SAE, D_OUT, ROWS = 8, 32, 6, 9

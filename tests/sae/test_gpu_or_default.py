@@ -36,7 +36,8 @@ def test_training_on_a_gpu_s_ways_gives_the_same_dictionary(architecture, monkey
     monkeypatch.setattr(jax.lax, "platform_dependent", as_on_a_gpu)
     found = trained(config)
     jax.clear_caches()
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+    # Adam's steps of 1e-3 are as long for gradients that are next to nothing, of which rounding is a hundredth.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize("counted", [by_counting, by_searching])
