@@ -24,6 +24,8 @@ __all__ = ["decode_with_cache", "is_worth_turning", "prefill", "step"]
 
 _STEPS_WORTH_A_COPY = 32
 """Turning the weights takes as long as 15 to 30 steps gain by it."""
+_MOST_BYTES_TURNED = 4 * 2**30
+"""Models of more are not turned: the copy lies in memory beside them."""
 
 
 def prefill(model: Transformer, cache: KeyValueCache, tokens: Any, is_token: Any) -> tuple[Array, KeyValueCache]:
@@ -134,6 +136,8 @@ def is_worth_turning(model: Transformer, batch: int, max_new_tokens: int) -> boo
     if not 1 < batch <= FEW_ROWS or max_new_tokens < _STEPS_WORTH_A_COPY:
         return False
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    if sum(leaf.nbytes for leaf in leaves) > _MOST_BYTES_TURNED:
         return False
     devices = set[jax.Device]().union(*(leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array)))
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"

@@ -762,8 +762,8 @@ def for_few_rows(model: Transformer) -> Transformer:
     """The same model for passes of few rows and positions on a CPU: its weights lie with their outputs first.
 
     Those of the blocks and of an unembedding are copied, queries' with keys' and values', the gate's with the other's:
-    a few large products take less time than many small ones. Only for passes: what reads weights by their names does
-    not find the copies.
+    a few large products take less time than many small ones. Only for passes, and not to be applied twice: `W_o`,
+    `W_out`, an ungated `W_in` and `W_unembed` lie turned under their own names, and the other weights are not read.
 
     Args:
         model: The model.

@@ -83,6 +83,8 @@ def pursue(
     """Finds codes by a method; the arguments are those of the public functions."""
     signals, dictionary = jnp.asarray(signals), jnp.asarray(dictionary)
     batch = signals.shape[:-1]
+    if not isinstance(l0, int | np.integer):
+        l0 = jnp.asarray(l0)
     size = l0 if max_l0 is None else max_l0
     if not jnp.issubdtype(jnp.result_type(l0), jnp.integer):
         raise ValueError(f"l0 has dtype {jnp.result_type(l0)}; expected whole numbers: the most atoms of a signal.")
@@ -98,6 +100,8 @@ def pursue(
         mesh = Mesh(mesh.devices, mesh.axis_names)
     limits = np.int32(l0) if isinstance(l0, int | np.integer) else l0
     bad_rows = _bad_rows(dictionary)
+    if jax.config.jax_debug_nans:  # or JAX stops at the first operation on one
+        _refuse(bad_rows)
     code = _pursue(method, signals, dictionary, limits, size, nonnegative, float(tolerance), mesh)
     _refuse(bad_rows)  # waited for once the device has work to do
     return code
@@ -170,7 +174,7 @@ def _pursue(
     if dictionary.dtype != jnp.bfloat16:
         dtype = jnp.promote_types(dtype, dictionary.dtype)
         dictionary = dictionary.astype(dtype)
-    limits = jnp.broadcast_to(jnp.minimum(limits, l0).astype(jnp.int32), batch).reshape(-1)
+    limits = jnp.broadcast_to(jnp.minimum(limits.astype(jnp.int32), l0), batch).reshape(-1)
     flat = signals.reshape(-1, signals.shape[-1]).astype(dtype)
     code = _pursue_rows(method, flat, dictionary, limits, l0, nonnegative, tolerance, mesh)
     return SparseCode(*(value.reshape(*batch, *value.shape[1:]) for value in code))

@@ -1,5 +1,7 @@
 """AtP* against brute force: softmaxes one by one, passes patched one by one, paths cut one by one."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -281,6 +283,19 @@ def test_both_fixes_by_finite_differences_in_numpy(family):
         others = [abs(difference[place] * slope(1, "attn_heads", place, dropped)) for dropped in (0, 2)]
         expected = pytest.approx(np.mean(others), abs=2e-4 * float(scores[1, "attn_heads"].max()))
         assert scores[1, "attn_heads"][place] == expected
+
+
+def test_layers_dropped_together_are_those_dropped_one_by_one(monkeypatch):
+    """Four layers, which are two passes of three, the second filled up."""
+    module = importlib.import_module("interp_jax.attribution.atp_star")
+    model, tokens = small_model("llama", n_layers=4), small_tokens()
+    pair = pair_of(tokens[0], tokens[1], 1, 4)
+    found = atp_star(model, pair, [Nodes("mlp_out"), Nodes("resid_pre")], qk_fix=False)
+    monkeypatch.setattr(module, "_TOGETHER", 1)
+    module._atp_star.clear_cache()
+    expected = atp_star(model, pair, [Nodes("mlp_out"), Nodes("resid_pre")], qk_fix=False)
+    module._atp_star.clear_cache()
+    np.testing.assert_allclose(found.flat, expected.flat, atol=1e-6)
 
 
 def test_compiled_once_a_shape_and_bad_input(saturated_model):

@@ -71,6 +71,16 @@ def test_gradients_are_those_of_finite_differences(nonnegative):
     check_gradients(gradients, arguments, slow_objective)
 
 
+def test_limits_of_a_narrow_dtype_hold_below_a_larger_maximum():
+    dictionary = jnp.asarray(np.random.default_rng(0).normal(size=(220, 12)), jnp.float32)
+    signals = jnp.asarray(np.random.default_rng(1).normal(size=(4, 12)), jnp.float32)
+    limits = jnp.asarray([3, 5, 7, 2], jnp.int8)
+    expected = matching_pursuit(signals, dictionary, limits.astype(jnp.int32), max_l0=200)
+    found = matching_pursuit(signals, dictionary, limits, max_l0=200)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    assert bool((found.l0_reached > 0).all())
+
+
 @pytest.mark.parametrize("pursuit", PURSUITS)
 def test_a_limit_a_signal_gives_each_the_code_of_that_limit(pursuit):
     signals, dictionary = map(jnp.asarray, problem(1))
