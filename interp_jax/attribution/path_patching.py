@@ -83,7 +83,8 @@ def path_patching(
     sending_nodes, sets = families_of_sets(language_model, senders, pair.seq)
     receiving_nodes, received = families_of_sets(language_model, [receivers], pair.seq)
     sending, receiving = (resolve(language_model, nodes, pair.seq) for nodes in (sending_nodes, receiving_nodes))
-    check_budget((*sending, *receiving), memory_budget)
+    for families in (sending, receiving):  # each by itself, as they need not be held at once
+        check_budget(families, memory_budget)
     _check_blocks(senders, receivers)
     frozen, flags = _frozen(language_model, senders, pair.seq)
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)

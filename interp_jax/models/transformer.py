@@ -772,7 +772,7 @@ def for_few_rows(model: Transformer) -> Transformer:
     lead = int(other.is_stacked)
 
     def turned(*weights: nnx.Param, inputs: int = 1) -> _Turned:
-        return _Turned(jnp.concatenate([_turned(weight[...], lead, inputs) for weight in weights], axis=lead))
+        return _Turned(jnp.concatenate([_outputs_first(weight[...], lead, inputs) for weight in weights], axis=lead))
 
     for block in [other.blocks] if other.is_stacked else cast(Any, other.blocks):
         attn, mlp = block.attn, block.mlp
@@ -788,7 +788,7 @@ def for_few_rows(model: Transformer) -> Transformer:
     return other
 
 
-def _turned(weight: Array, lead: int, inputs: int) -> Array:
+def _outputs_first(weight: Array, lead: int, inputs: int) -> Array:
     """`[*lead, *inputs, *outputs]` as `[*lead, *outputs, *inputs]`.
 
     In strips of a cache line, which takes XLA for CPU less than half as long as in one go.

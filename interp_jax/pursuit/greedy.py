@@ -175,42 +175,29 @@ def _pursue(
         dtype = jnp.promote_types(dtype, dictionary.dtype)
         dictionary = dictionary.astype(dtype)
     limits = jnp.broadcast_to(jnp.minimum(limits.astype(jnp.int32), l0), batch).reshape(-1)
-    flat = signals.reshape(-1, signals.shape[-1]).astype(dtype)
-    code = _pursue_rows(method, flat, dictionary, limits, l0, nonnegative, tolerance, mesh)
-    return SparseCode(*(value.reshape(*batch, *value.shape[1:]) for value in code))
-
-
-def _pursue_rows(
-    method: Method,
-    signals: Float[Array, "batch d_in"],
-    dictionary: Float[Array, "d_sae d_in"],
-    limits: Int[Array, "batch"],
-    l0: int,
-    nonnegative: bool,
-    tolerance: float,
-    mesh: Mesh | None,
-) -> SparseCode:
+    rows = signals.reshape(-1, signals.shape[-1]).astype(dtype)
     search = functools.partial(_search, method=method, l0=l0, nonnegative=nonnegative, tolerance=tolerance)
     is_sound = jnp.all(jnp.isfinite(jax.lax.stop_gradient(dictionary)))
     finish = functools.partial(_finish, method=method, dictionary=dictionary, is_sound=is_sound)
-    if mesh is not None:
+    if mesh is None:
+        table = AtomTable.of(dictionary)
 
-        def of_shard(signals: Array, limits: Array, atoms: Array) -> tuple[Array, Array, Array]:
-            table = AtomTable.of(atoms, LATENT)
-            run = functools.partial(search, table=table)
-            return _in_chunks(lambda signals, limits: run(signals, limits), atoms.shape[0], l0, signals, limits)
+        def whole(rows: Array, limits: Array) -> SparseCode:
+            return finish(rows, *search(jax.lax.stop_gradient(rows), limits, table=table))
+
+        code = _in_chunks(whole, dictionary.shape[0], l0, rows, limits)
+    else:
+
+        def of_shard(rows: Array, limits: Array, atoms: Array) -> tuple[Array, Array, Array]:
+            run = functools.partial(search, table=AtomTable.of(atoms, LATENT))
+            return _in_chunks(run, atoms.shape[0], l0, rows, limits)
 
         specs = {"in_specs": (P(DATA), P(DATA), P(LATENT)), "out_specs": P(DATA)}
         found = jax.shard_map(of_shard, mesh=mesh, check_vma=False, **specs)(
-            *map(jax.lax.stop_gradient, (signals, limits, dictionary))
+            *map(jax.lax.stop_gradient, (rows, limits, dictionary))
         )
-        return finish(signals, *found)
-    table = AtomTable.of(dictionary)
-
-    def whole(signals: Array, limits: Array) -> SparseCode:
-        return finish(signals, *search(jax.lax.stop_gradient(signals), limits, table=table))
-
-    return _in_chunks(whole, dictionary.shape[0], l0, signals, limits)
+        code = finish(rows, *found)
+    return SparseCode(*(value.reshape(*batch, *value.shape[1:]) for value in code))
 
 
 def _in_chunks(run: Callable[[Array, Array], Any], n_atoms: int, l0: int, signals: Array, limits: Array) -> Any:

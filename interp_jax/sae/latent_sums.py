@@ -26,7 +26,8 @@ __all__ = ["LatentGroups", "group_by_latent", "sum_by_latent"]
 
 PIECE = 16
 """Pairs summed by gathers at a time; near the usual number of pairs a latent."""
-_UNROLL = 4
+_UNROLL, _UNROLL_ON_GPU = 4, 64
+"""Terms of a sum that a step of a scan adds, at most. Each is traced by itself, for every device."""
 
 
 class LatentGroups(NamedTuple):
@@ -103,9 +104,11 @@ def gathered_sum(
     factors: Float[Array, "terms n"], rows: Float[Array, "m d"], indices: Int[Array, "terms n"]
 ) -> Float[Array, "n d"]:
     """`sum over t of factors[t, i] * rows[indices[t, i]]`, with nothing of size n * terms * d in between."""
-    unroll = next(size for size in (_UNROLL, 2, 1) if len(factors) % size == 0)
-    # On a GPU one kernel reads all terms; a step of a scan would write the sums and read them again.
-    at_once, in_steps = (functools.partial(_gathered_sum, unroll=each) for each in (len(factors), unroll))
+    # On a GPU one kernel reads as many terms as it can; each step of a scan writes the sums and reads them again.
+    at_once, in_steps = (
+        functools.partial(_gathered_sum, unroll=max(n for n in range(1, most + 1) if len(factors) % n == 0))
+        for most in (_UNROLL_ON_GPU, _UNROLL)
+    )
     return gpu_or_default(factors, rows, indices, gpu=at_once, default=in_steps)
 
 
@@ -118,7 +121,5 @@ def _gathered_sum(
         return total, None
 
     start = jnp.zeros((factors.shape[1], rows.shape[1]), rows.dtype)
-    if unroll == len(factors):
-        return add(start, (factors, indices))[0]
     split = functools.partial(jnp.reshape, shape=(-1, unroll, factors.shape[1]))
     return jax.lax.scan(add, start, (split(factors), split(indices)))[0]

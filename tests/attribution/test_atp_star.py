@@ -295,7 +295,8 @@ def test_layers_dropped_together_are_those_dropped_one_by_one(monkeypatch):
     module._atp_star.clear_cache()
     expected = atp_star(model, pair, [Nodes("mlp_out"), Nodes("resid_pre")], qk_fix=False)
     module._atp_star.clear_cache()
-    np.testing.assert_allclose(found.flat, expected.flat, atol=1e-6)
+    # The same sums in another order.
+    np.testing.assert_allclose(found.flat, expected.flat, atol=1e-6 * np.abs(expected.flat).max())
 
 
 def test_compiled_once_a_shape_and_bad_input(saturated_model):

@@ -69,6 +69,7 @@ def test_a_model_for_few_rows_gives_the_logits_of_the_model(case, tmp_path_facto
     tokens = jnp.asarray([[3, 14, 15], [5, 35, 2]])
     for as_layers in (stacked, unrolled):
         expected, found = (jax.jit(apply)(each, tokens) for each in (as_layers(model), for_few_rows(as_layers(model))))
+        # Sums in another order through all layers: a hundred times the dtype's epsilon.
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pursuit_problems import KINDS, check_gradients, check_invariants, check_never_grows, hard_problem, problem
 
-from interp_jax.pursuit import gradient_pursuit, matching_pursuit, orthogonal_matching_pursuit
+from interp_jax.pursuit import gradient_pursuit, greedy, matching_pursuit, orthogonal_matching_pursuit
 
 pytestmark = pytest.mark.caches  # a pursuit is compiled once for each size, not for each call
 
@@ -69,6 +69,28 @@ def test_gradients_are_those_of_finite_differences(nonnegative):
         return np.sum(weighting * output) + np.sum(np.linalg.norm(signals - output, axis=1))
 
     check_gradients(gradients, arguments, slow_objective)
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize("pursuit", PURSUITS)
+def test_slots_given_out_in_stages_are_those_of_one_stage(pursuit, nonnegative, monkeypatch):
+    signals, dictionary = map(jnp.asarray, problem(2))
+    staged = []
+    for stages, smallest in ((1, 8), (4, 1)):
+        monkeypatch.setattr(greedy, "_STAGES", stages)
+        monkeypatch.setattr(greedy, "_SMALLEST_STAGE", smallest)
+        greedy._pursue.clear_cache()
+        staged.append(pursuit(signals, dictionary, 10, nonnegative=nonnegative))
+    greedy._pursue.clear_cache()
+    np.testing.assert_array_equal(staged[0].indices, staged[1].indices)
+    np.testing.assert_allclose(staged[0].weights, staged[1].weights, atol=1e-5)  # sums in another order
+
+
+def test_a_dictionary_with_nan_is_named_where_nan_stops_jax():
+    signals, dictionary = map(jnp.asarray, problem(1))
+    broken = dictionary.at[7, 3].set(jnp.nan)
+    with jax.debug_nans(True), pytest.raises(ValueError, match="row 7 holds NaN or infinity"):
+        matching_pursuit(signals, broken, 4)
 
 
 def test_limits_of_a_narrow_dtype_hold_below_a_larger_maximum():
@@ -187,7 +209,7 @@ sys.path.insert(0, {folder!r})
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from pursuit_problems import problem
-from interp_jax.pursuit import gradient_pursuit, matching_pursuit, orthogonal_matching_pursuit
+from interp_jax.pursuit import gradient_pursuit, greedy, matching_pursuit, orthogonal_matching_pursuit
 
 signals, dictionary = map(jnp.asarray, problem(0, batch=16, d_in=24, d_sae=64))
 dictionary = dictionary.at[40].set(dictionary[3])  # equally good: the first must win, whatever shard it is on
