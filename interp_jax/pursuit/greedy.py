@@ -22,7 +22,7 @@ On a mesh the search runs under `jax.shard_map`: rows split over `data`, the dic
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.core
@@ -100,7 +100,7 @@ def pursue(
         mesh = Mesh(mesh.devices, mesh.axis_names)
     limits = np.int32(l0) if isinstance(l0, int | np.integer) else l0
     bad_rows = _bad_rows(dictionary)
-    if jax.config.jax_debug_nans:  # or JAX stops at the first operation on one
+    if cast(Any, jax.config).jax_debug_nans:  # or JAX stops at the first operation on one
         _refuse(bad_rows)
     code = _pursue(method, signals, dictionary, limits, size, nonnegative, float(tolerance), mesh)
     _refuse(bad_rows)  # waited for once the device has work to do
