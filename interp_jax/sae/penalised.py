@@ -13,7 +13,8 @@ another.
 
 import abc
 import functools
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float
 
 from interp_jax.sae.autoencoder import Batch, Outcome, SparseAutoencoder, Sparsity, known_affine, with_gradient
 from interp_jax.sae.encoder_gradients import sparse_weights
+from interp_jax.sae.gradient_by_slices import gradient_by_slices
 from interp_jax.sae.sparse_pairs import SparsePairs, first_pairs, pre_activations_at
 from interp_jax.sae.true_places import true_places
 
@@ -92,10 +94,18 @@ class PenalisedSAE(SparseAutoencoder):
             some = sae.pre_activations(batch.x[:_SAMPLE])
             is_sparse = jnp.mean(~(some <= sae.floor())) < 2 / _FEW[-1]
             now = sparsity._replace(coefficient=coefficient)
-            return jax.lax.cond(is_sparse, lambda: _by_count(sae, batch, now), lambda: densely(sae, batch, coefficient))
+            by_slices = functools.partial(_densely, lambda sae, batch: sae.objective(batch, now), sae, batch, now)
+            return jax.lax.cond(is_sparse, lambda: _by_count(sae, batch, now), by_slices)
 
         given = (self, batch, jnp.asarray(sparsity.coefficient, batch.x.dtype))
         return jax.lax.platform_dependent(*given, cpu=by_count, default=densely)
+
+
+def _densely(objective: Callable[[P, Any], Outcome], sae: P, rows: Any, sparsity: Sparsity) -> tuple[Outcome, P]:
+    """An objective of dense codes, and its gradient."""
+    if sparsity.l0_target is not None:  # then the penalty is not a mean over rows
+        return with_gradient(lambda sae: objective(sae, rows), sae)
+    return gradient_by_slices(objective, sae, rows)
 
 
 def _by_count(sae: P, batch: Batch, sparsity: Sparsity) -> tuple[Outcome, P]:
@@ -106,11 +116,12 @@ def _by_count(sae: P, batch: Batch, sparsity: Sparsity) -> tuple[Outcome, P]:
     mask = true_places(~(pre <= sae.floor()))
 
     def densely() -> tuple[Outcome, P]:
-        def objective(sae: P) -> Outcome:
+        def objective(sae: P, rows: tuple[Batch, Array]) -> Outcome:
+            batch, pre = rows
             W_enc, bias, _, shift = sparse_weights(sae)
-            return sae.dense_objective(known_affine(pre, x, shift, W_enc, bias), batch, sparsity)
+            return sae.dense_objective(known_affine(pre, batch.x, shift, W_enc, bias), batch, sparsity)
 
-        return with_gradient(objective, sae)
+        return _densely(objective, sae, (batch, pre), sparsity)
 
     def sparsely(n_pairs: int) -> tuple[Outcome, P]:
         pairs = first_pairs(mask, shape, n_pairs)

@@ -10,7 +10,7 @@ from interp_jax.sae.autoencoder import Batch, SparseAutoencoder, Sparsity
 
 pytestmark = pytest.mark.caches  # several ways of a step are compiled; leak checking would do it for each call
 
-BATCH, D_SAE = 512, 4096  # where more ways than the dense one begin
+BATCH, D_SAE = 1024, 2048  # where more ways than the dense one begin
 KINDS = {
     "relu": (ReLUSAE, {}, Sparsity(0.02)),
     "relu_norm_weighted": (ReLUSAE, {}, Sparsity(0.02, is_norm_weighted=True)),
