@@ -173,6 +173,7 @@ def _instrumented(
                 running.modified_value = new
             if name in fetch_sites and (fetch_layers is None or layer in fetch_layers):
                 running.save((layer, name), value if new is None else running.modified_value)
+            del activation, value, new  # where the site is inside a traced function, nothing of it may outlive the step
         if not set(fetch_sites) <= names:
             raise SiteError(
                 f"fetch_sites={fetch_sites} are not all there; the model's sites are {', '.join(sorted(names))}"

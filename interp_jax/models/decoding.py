@@ -5,8 +5,8 @@ the whole text for each token. Both call an intervention as `intervention(activa
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ __all__ = [
     "Place",
     "PlacedIntervention",
     "Sampling",
+    "SelfPlaced",
     "by_position",
     "ends",
     "picked",
@@ -68,6 +69,29 @@ class Place(NamedTuple):
 
 PlacedIntervention = Callable[[Activation, Place], Any]
 """From an activation, and where it stands, to its new value; None leaves it alone."""
+
+
+@runtime_checkable
+class SelfPlaced(Protocol):
+    """A `PlacedIntervention` that says where it acts and what it is not for; a pytree, whose arrays may differ."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that it is called at."""
+        ...
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        """Their layers."""
+        ...
+
+    def check(self, model: Any, n_prompt: Sequence[int]) -> None:
+        """Raises where it is not for a model, or for prompts of so many tokens."""
+        ...
+
+    def __call__(self, activation: Activation, place: Place) -> Any:
+        """A site's new value; None leaves it alone."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from interp_jax.instrument import Activation, SiteValues
 from interp_jax.models.continue_rows import Prompts, as_rows, checked_settings, continue_rows, row_keys
+from interp_jax.models.decoding import Place, SelfPlaced
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import Transformer
@@ -81,7 +82,7 @@ def generate(
     top_p: float | None = None,
     key: PRNGKeyArray | None = None,
     stop_tokens: Sequence[int] | None = None,
-    interventions: Intervention | None = None,
+    interventions: Intervention | SelfPlaced | None = None,
     where: str = "both",
     fetch_sites: Sites = (),
     fetch_layers: Layers = None,
@@ -100,7 +101,8 @@ def generate(
             on nothing else of the other rows.
         stop_tokens: Ids that end a row; when None, those of the model's tokenizer if it has one. `()` for none.
         interventions: From an `Activation` to its new value, or None to leave it alone. A function that is passed again
-            is not traced again; nor is a `jax.tree_util.Partial` of it with other arrays.
+            is not traced again; nor is a `jax.tree_util.Partial` of it with other arrays. Vectors and other edits go
+            in by `interp_jax.steering.as_intervention`.
         where: Whether interventions act on the prompts' positions, on those of generated tokens, or on both.
         fetch_sites: Sites whose activations are given back.
         fetch_layers: Layers whose activations are given back; all when None.
@@ -121,21 +123,31 @@ def generate(
     if interventions is not None and not callable(interventions):
         raise ValueError(
             f"interventions is a {type(interventions).__name__}; it must be one function from an Activation to its new "
-            "value or None."
+            "value or None. Of a SteeringVector, interp_jax.steering.as_intervention makes what goes here."
         )
-    if isinstance(interventions, Partial):
+    sites, layers = None, None
+    if isinstance(interventions, SelfPlaced):
+        interventions.check(model, [np.size(prompt) for prompt in prompts])
+        sites, layers = interventions.sites, interventions.layers
+        placed = Partial(_self_placed, interventions)
+    elif isinstance(interventions, Partial):
         placed = Partial(_Unplaced(interventions.func), *interventions.args, **interventions.keywords)
     else:
         placed = None if interventions is None else _Unplaced(interventions)
     decoded = continue_rows(
         model, prompts, row_keys(key, len(prompts)), settings, max_new_tokens=max_new_tokens, intervention=placed,
-        where=where, fetch_sites=(fetch_sites,) if isinstance(fetch_sites, str) else tuple(fetch_sites or ()),
+        where=where, sites=sites, layers=layers,
+        fetch_sites=(fetch_sites,) if isinstance(fetch_sites, str) else tuple(fetch_sites or ()),
         fetch_layers=(
             (fetch_layers,) if isinstance(fetch_layers, int) else None if fetch_layers is None else tuple(fetch_layers)
         ),
     )  # fmt: skip
     stops = settings.sampling.stop_tokens
     return Generation(decoded.tokens, decoded.n_generated, stops, tokenizer, decoded.activations)
+
+
+def _self_placed(intervention: SelfPlaced, activation: Activation, place: Place) -> Any:
+    return intervention(activation, place)
 
 
 @dataclasses.dataclass(frozen=True)

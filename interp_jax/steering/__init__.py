@@ -1,5 +1,6 @@
 """Making a model say things differently by adding to its activations, reading what was added, and what it costs."""
 
+from interp_jax.steering.as_intervention import as_intervention as as_intervention
 from interp_jax.steering.contrast import from_pair as from_pair
 from interp_jax.steering.contrast import mean_difference as mean_difference
 from interp_jax.steering.contrast import principal_component as principal_component

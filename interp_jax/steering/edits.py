@@ -23,6 +23,7 @@ from interp_jax.activations.splice import unheaded
 from interp_jax.instrument import Activation, iterate
 from interp_jax.models.decoding import Place
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.transformer import Transformer
 from interp_jax.sae import Autoencoder
 from interp_jax.steering.positions import Positions, check_positions, is_any_of, is_at, is_in
 from interp_jax.steering.steering_vector import SteeringVector
@@ -33,6 +34,7 @@ __all__ = [
     "Edit",
     "add_vector",
     "apply_edits",
+    "as_edits",
     "check_edits",
     "check_strengths",
     "clamp_latents",
@@ -255,40 +257,43 @@ def places_of(edits: Sequence[Edit]) -> tuple[tuple[str, ...], tuple[int | None,
     return tuple(sorted({edit.site for edit in edits})), tuple(dict.fromkeys(edit.layer for edit in edits))
 
 
-def check_edits(edits: Any, language_model: LanguageModel, n_prompt: Sequence[int]) -> tuple[Edit, ...]:
+def check_edits(edits: Any, model: LanguageModel | Transformer, n_prompt: Sequence[int]) -> tuple[Edit, ...]:
     """Makes edits of vectors, and refuses what is not for the model, or what no prompt has room for.
 
     Args:
         edits: an edit, a vector that is added as it is, or several of them.
-        language_model: the model.
+        model: the model; a `Transformer` has no name.
         n_prompt: how many tokens each prompt has.
 
     Raises:
         ValueError: if there is none, one is another model's, there is no such layer, or one acts outside a prompt.
     """
+    name, n_layers = _name_and_layers(model)
     given = list(edits) if isinstance(edits, list | tuple) else [edits]
-    made = _as_edits(given)
+    made = as_edits(given)
     for one, edit in zip(given, made, strict=True):
-        if isinstance(edit, AddVector) and edit.model not in ("", language_model.name):
+        if isinstance(edit, AddVector) and edit.model not in ("", name) and name:
             source = one.source if isinstance(one, SteeringVector) else ""
             raise ValueError(
                 f"The vector from {source or 'somewhere'} is of {edit.model}'s activations, and this is "
-                f"{language_model.name}. Make one from this model; or, if it is meant, set its model to ''."
+                f"{name}. Make one from this model; or, if it is meant, set its model to ''."
             )
-        if edit.layer is not None and not 0 <= edit.layer < language_model.n_layers:
-            layers = ", ".join(str(i) for i in range(language_model.n_layers))
-            raise ValueError(f"{language_model.name} has no layer {edit.layer}; its layers are {layers}.")
+        if edit.layer is not None and not 0 <= edit.layer < n_layers:
+            layers = ", ".join(str(i) for i in range(n_layers))
+            raise ValueError(f"{name or 'The model'} has no layer {edit.layer}; its layers are {layers}.")
         check_positions(edit.positions, n_prompt)
     return made
 
 
-def check_strengths(edits: tuple[Edit, ...], strengths: Float[np.ndarray, "n"], language_model: LanguageModel) -> None:
+def check_strengths(
+    edits: tuple[Edit, ...], strengths: Float[np.ndarray, "n"], model: LanguageModel | Transformer
+) -> None:
     """Refuses what is so large that float32 does not hold its square.
 
     Args:
         edits: the edits; of kinds other than those of this module nothing is known.
         strengths: those that they are used at.
-        language_model: the model.
+        model: the model.
 
     Raises:
         FloatingPointError: if one is.
@@ -306,12 +311,25 @@ def check_strengths(edits: tuple[Edit, ...], strengths: Float[np.ndarray, "n"], 
     if is_too_large.any():
         raise FloatingPointError(
             f"With coefficient {strengths[int(is_too_large.argmax())]:g} the edit is too large for "
-            f"{language_model.name}'s number format: the square of its length overflows. Use a smaller coefficient."
+            f"{_name_and_layers(model)[0] or 'the model'}'s number format: the square of its length overflows. "
+            "Use a smaller coefficient."
         )
 
 
-def _as_edits(edits: Any) -> tuple[Edit, ...]:
-    """Edits, of an edit, a vector that is added as it is, or several of them."""
+def _name_and_layers(model: LanguageModel | Transformer) -> tuple[str, int]:
+    """A model's name, which a `Transformer` does not have, and its number of layers."""
+    return ("", model.config.n_layers) if isinstance(model, Transformer) else (model.name, model.n_layers)
+
+
+def as_edits(edits: Any) -> tuple[Edit, ...]:
+    """Edits, of an edit, a vector that is added as it is, or several of them.
+
+    Args:
+        edits: what to steer with.
+
+    Raises:
+        ValueError: if there is none, or it is nothing to steer with.
+    """
     given = tuple(edits) if isinstance(edits, list | tuple) else (edits,)
     if not given:
         raise ValueError("There is nothing to steer with; give a SteeringVector or an edit.")
@@ -348,7 +366,7 @@ def steered_forward(
         params: Any, tokens: Int[Array, "batch seq"], edits: Any, n_prompt: Any = None
     ) -> Float[Array, "batch seq vocab"]:
         batch, length = tokens.shape
-        edits = _as_edits(edits)
+        edits = as_edits(edits)
         is_known = n_prompt is not None and not isinstance(n_prompt, jax.core.Tracer)
         known = np.minimum(np.atleast_1d(np.asarray(n_prompt)), length).tolist() if is_known else [length]
         for edit in edits:
