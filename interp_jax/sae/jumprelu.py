@@ -27,7 +27,7 @@ from interp_jax.sae.penalised import PenalisedSAE
 from interp_jax.sae.relu import dense_outcome, sparse_outcome
 from interp_jax.sae.sparse_pairs import SparsePairs, per_latent_at
 
-__all__ = ["JumpReLUSAE", "is_above", "jump_relu"]
+__all__ = ["JumpReLUSAE", "jump_relu"]
 
 
 class JumpReLUSAE(PenalisedSAE):
@@ -106,7 +106,7 @@ class JumpReLUSAE(PenalisedSAE):
         Args:
             x: activations.
         """
-        return jump_relu(self.pre_activations(x), self.thresholds(), self.bandwidth)
+        return jump_relu(self.pre_activations(x), self.thresholds(), self.bandwidth)[0]
 
     def floor(self) -> Float[Array, "d_sae"]:
         """The thresholds less half of the rectangle by which their derivatives are estimated."""
@@ -116,9 +116,8 @@ class JumpReLUSAE(PenalisedSAE):
         self, pre: Float[Array, "batch d_sae"], batch: Batch, sparsity: Sparsity, mesh: Mesh | None = None
     ) -> Outcome:
         """Squared error plus L0; see `PenalisedSAE.dense_objective`."""
-        thresholds = self.thresholds()
-        codes = jump_relu(pre, thresholds, self.bandwidth)
-        l0 = jnp.sum(jnp.mean(is_above(pre, thresholds, self.bandwidth), axis=0))
+        codes, is_above = jump_relu(pre, self.thresholds(), self.bandwidth)
+        l0 = jnp.sum(jnp.mean(is_above, axis=0))
         return dense_outcome(self, codes, batch, _penalty(l0, sparsity), mesh)
 
     def sparse_objective(
@@ -126,11 +125,9 @@ class JumpReLUSAE(PenalisedSAE):
     ) -> Outcome:
         """Squared error plus L0; see `PenalisedSAE.sparse_objective`."""
         thresholds = per_latent_at(self.thresholds(), pairs)
-        codes, above = (
-            jnp.where(pairs.is_active, of_pairs(pre, thresholds, self.bandwidth), 0)
-            for of_pairs in (jump_relu, is_above)
-        )
-        penalty = _penalty(jnp.sum(above) / len(batch.x), sparsity)
+        at_pairs = jump_relu(pre, thresholds, self.bandwidth)
+        codes, is_above = (jnp.where(pairs.is_active, each, 0) for each in at_pairs)
+        penalty = _penalty(jnp.sum(is_above) / len(batch.x), sparsity)
         return sparse_outcome(self, codes, pairs, batch, penalty)
 
     def in_units(self, input_scale: Float[Array, ""], output_scale: Float[Array, ""]) -> "JumpReLUSAE":
@@ -148,47 +145,25 @@ def _penalty(l0: Float[Array, ""], sparsity: Sparsity) -> Float[Array, ""]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def jump_relu(
     pre: Float[Array, "*batch d_sae"], threshold: Float[Array, "d_sae"], bandwidth: float
-) -> Float[Array, "*batch d_sae"]:
-    """`pre` where it is above the threshold, else zero; for derivatives see the module's docstring.
+) -> tuple[Float[Array, "*batch d_sae"], Float[Array, "*batch d_sae"]]:
+    """The codes: `pre` where it is above the threshold, else zero; and one where a latent is active, else zero.
+
+    For derivatives see the module's docstring; by `pre`, only the codes have one. The two are one function so that one
+    sum over rows serves both derivatives by the threshold.
 
     Args:
         pre: pre-activations.
         threshold: one a latent.
-        bandwidth: width of the rectangle by which the derivative by the threshold is estimated.
+        bandwidth: width of the rectangle by which the derivatives by the threshold are estimated.
     """
-    return jnp.where((pre > threshold) & (pre > 0), pre, 0)
+    is_active = (pre > threshold) & (pre > 0)
+    return jnp.where(is_active, pre, 0), jnp.asarray(is_active, pre.dtype)
 
 
 @jump_relu.defjvp
 def _jump_relu_jvp(bandwidth: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]):
     (pre, threshold), (by_pre, by_threshold) = primals, tangents
-    output = jump_relu(pre, threshold, bandwidth)
-    passed = jnp.where((pre > threshold) & (pre > 0), by_pre, 0)
-    row = over_rows(threshold / bandwidth * by_threshold, pre.size // pre.shape[-1]).reshape(pre.shape)
-    return output, passed - _rectangle(pre, threshold, bandwidth) * row
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def is_above(
-    pre: Float[Array, "*batch d_sae"], threshold: Float[Array, "d_sae"], bandwidth: float
-) -> Float[Array, "*batch d_sae"]:
-    """One where a latent is active, else zero; differentiable by the threshold alone.
-
-    Args:
-        pre: pre-activations.
-        threshold: one a latent.
-        bandwidth: width of the rectangle by which the derivative is estimated.
-    """
-    return jnp.asarray((pre > threshold) & (pre > 0), pre.dtype)
-
-
-@is_above.defjvp
-def _is_above_jvp(bandwidth: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]):
-    (pre, threshold), (_, by_threshold) = primals, tangents
-    output = is_above(pre, threshold, bandwidth)
+    codes, is_active = jump_relu(pre, threshold, bandwidth)
     row = over_rows(by_threshold / bandwidth, pre.size // pre.shape[-1]).reshape(pre.shape)
-    return output, -_rectangle(pre, threshold, bandwidth) * row
-
-
-def _rectangle(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    return jnp.asarray(jnp.abs(pre - threshold) < bandwidth / 2, pre.dtype)
+    by_rectangle = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, row, 0)
+    return (codes, is_active), (jnp.where(is_active > 0, by_pre, 0) - threshold * by_rectangle, -by_rectangle)
