@@ -53,7 +53,7 @@ def rows(name: str, config: TransformerConfig, mesh: Mesh) -> Iterator[Row]:
     def generate(model: Any, prompts: Any) -> Any:
         is_token, keys = jnp.ones(prompts.shape, bool), jax.random.split(jax.random.key(0), len(prompts))
         return decode_with_cache(
-            model, prompts, is_token, keys, 1.0, 1.0, None, None, NEW_TOKENS, likeliest, "both", None, None, (), None
+            model, prompts, is_token, keys, 1.0, 1.0, None, None, NEW_TOKENS, likeliest, "both", None, (), None
         )
 
     def plain(model: Any, tokens: Any) -> Any:

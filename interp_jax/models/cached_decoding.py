@@ -16,7 +16,19 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Int
 
 from interp_jax.instrument import SiteError, SiteValues, fetch, iterate
-from interp_jax.models.decoding import Decoded, Place, PlacedIntervention, Sampling, by_position, ends, picked, usable
+from interp_jax.models.decoding import (
+    Decoded,
+    Place,
+    PlacedIntervention,
+    Places,
+    Sampling,
+    by_position,
+    check_places,
+    ends,
+    filters,
+    picked,
+    usable,
+)
 from interp_jax.models.transformer import FEW_ROWS, KeyValueCache, Transformer, empty_cache, for_few_rows
 
 __all__ = ["decode_with_cache", "is_worth_turning", "prefill", "step"]
@@ -38,7 +50,7 @@ def step(model: Transformer, cache: KeyValueCache, tokens: Any) -> tuple[Array, 
     return model.extend(cache, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10, 11, 12, 13, 14, 15))
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10, 11, 12, 13, 14))
 def decode_with_cache(
     model: Transformer,
     tokens: Int[Array, "batch seq"],
@@ -51,8 +63,7 @@ def decode_with_cache(
     max_new_tokens: int,
     sampling: Sampling,
     where: str,
-    sites: tuple[str, ...] | None,
-    layers: tuple[int | None, ...] | None,
+    places: Places | None,
     fetch_sites: tuple[str, ...],
     fetch_layers: tuple[int | None, ...] | None,
     turns_weights: bool = False,
@@ -71,8 +82,7 @@ def decode_with_cache(
         max_new_tokens: how many tokens a row gets at most.
         sampling: how a token is picked.
         where: `prompt`, `generated` or `both`: which passes the intervention is called in.
-        sites: the sites that it is called at; None for all.
-        layers: the layers; None for all.
+        places: the sites that it is called at; None for all.
         fetch_sites: the sites whose activations are given back.
         fetch_layers: their layers; None for all.
         turns_weights: whether the steps work on weights that lie turned (`is_worth_turning`).
@@ -86,7 +96,7 @@ def decode_with_cache(
 
     def instrumented(function: Callable[..., Any], other: str, place: Place) -> Callable[..., tuple[Any, SiteValues]]:
         acting = None if intervention is None or where == other else intervention
-        return _instrumented(function, acting, place, sites, layers, fetch_sites, fetch_layers)
+        return _instrumented(function, acting, place, places, fetch_sites, fetch_layers)
 
     prompt_place = Place(jnp.arange(length) - (length - n_prompt)[:, None], n_prompt)
     cache = empty_cache(model, batch, length + max_new_tokens)
@@ -147,8 +157,7 @@ def _instrumented(
     function: Callable[..., Any],
     intervention: PlacedIntervention | None,
     place: Place,
-    sites: tuple[str, ...] | None,
-    layers: tuple[int | None, ...] | None,
+    places: Places | None,
     fetch_sites: tuple[str, ...],
     fetch_layers: tuple[int | None, ...] | None,
 ) -> Callable[..., tuple[Any, SiteValues]]:
@@ -159,21 +168,20 @@ def _instrumented(
         return lambda *args: (function(*args), SiteValues())
 
     def run(*args: Any) -> tuple[Any, SiteValues]:
-        names: set[str] = set()
-        numbers: set[int | None] = set()
+        shown: dict[tuple[int | None, str], None] = {}
         # With something to fetch, all of them: what is fetched need not be among the sites of the intervention.
-        seen = (None, None) if fetch_sites else (sites, layers)
-        for activation in (running := iterate(function, sites=seen[0], layers=seen[1])(*args)):
+        sites, layers = filters(None if fetch_sites else places)
+        for activation in (running := iterate(function, sites=sites, layers=layers)(*args)):
             layer, name, value = activation
-            names.add(name)
-            numbers.add(layer)
-            is_acted_on = (sites is None or name in sites) and (layers is None or layer in layers)
-            new = intervention(activation, place) if is_acted_on else None
+            shown[layer, name] = None
+            new = intervention(activation, place) if places is None or (layer, name) in places else None
             if new is not None:
                 running.modified_value = new
             if name in fetch_sites and (fetch_layers is None or layer in fetch_layers):
                 running.save((layer, name), value if new is None else running.modified_value)
             del activation, value, new  # where the site is inside a traced function, nothing of it may outlive the step
+        check_places(places or (), shown)
+        names, numbers = {name for _, name in shown}, {layer for layer, _ in shown}
         if not set(fetch_sites) <= names:
             raise SiteError(
                 f"fetch_sites={fetch_sites} are not all there; the model's sites are {', '.join(sorted(names))}"

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from jaxtyping import Bool, Int
 
 from interp_jax.models.cached_decoding import decode_with_cache, is_worth_turning
-from interp_jax.models.decoding import Decoded, NonFiniteLogitsError, PlacedIntervention, Sampling
+from interp_jax.models.decoding import Decoded, NonFiniteLogitsError, PlacedIntervention, Places, Sampling
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import Transformer
@@ -138,8 +138,7 @@ def continue_rows(
     max_new_tokens: int,
     intervention: PlacedIntervention | None = None,
     where: str = "both",
-    sites: tuple[str, ...] | None = None,
-    layers: tuple[int | None, ...] | None = None,
+    places: Places | None = None,
     fetch_sites: tuple[str, ...] = (),
     fetch_layers: tuple[int | None, ...] | None = None,
     multiple: int = 1,
@@ -154,8 +153,7 @@ def continue_rows(
         max_new_tokens: how many tokens a row gets at most.
         intervention: see `decoding`. The arrays of a `Partial` are arguments of the program.
         where: the positions that the intervention acts on.
-        sites: the sites that it is called at; None for all.
-        layers: the layers; None for all.
+        places: the sites that it is called at; None for all.
         fetch_sites: the sites whose activations are given back.
         fetch_layers: their layers; None for all.
         multiple: prompts are padded to a multiple of so many tokens, so that those of similar lengths share a program.
@@ -165,6 +163,7 @@ def continue_rows(
 
     Raises:
         ValueError: as `generate`.
+        SiteError: there is no such site.
         NonFiniteLogitsError: the logits are not finite.
     """
     rows = checked_rows(model, prompts, max_new_tokens)
@@ -175,7 +174,7 @@ def continue_rows(
         tokens, is_token = padded(rows, multiple)
         turns_weights = is_worth_turning(transformer, len(rows), max_new_tokens)
         decoded = decode_with_cache(
-            transformer, tokens, is_token, keys, *shared, sites, layers, fetch_sites, fetch_layers, turns_weights
+            transformer, tokens, is_token, keys, *shared, places, fetch_sites, fetch_layers, turns_weights
         )
     else:
         assert isinstance(model, LanguageModel)
@@ -189,7 +188,7 @@ def continue_rows(
         buffer = np.zeros((len(rows), width), np.int32)
         for at, row in zip(buffer, rows, strict=True):
             at[: len(row)] = row
-        decoded = decode_without_cache(model.forward, model.params, buffer, n_prompt, keys, *shared, sites, layers)
+        decoded = decode_without_cache(model.forward, model.params, buffer, n_prompt, keys, *shared, places)
     is_finite = np.asarray(decoded.is_finite)
     if not is_finite.all():
         raise NonFiniteLogitsError(int(np.argmin(is_finite)), len(is_finite), is_edited=intervention is not None)

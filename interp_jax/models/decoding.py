@@ -5,24 +5,27 @@ the whole text for each token. Both call an intervention as `intervention(activa
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from interp_jax.instrument import Activation, SiteValues
+from interp_jax.instrument import Activation, SiteError, SiteValues
 
 __all__ = [
     "Decoded",
     "NonFiniteLogitsError",
     "Place",
     "PlacedIntervention",
+    "Places",
     "Sampling",
     "SelfPlaced",
     "by_position",
+    "check_places",
     "ends",
+    "filters",
     "picked",
     "usable",
 ]
@@ -71,18 +74,45 @@ PlacedIntervention = Callable[[Activation, Place], Any]
 """From an activation, and where it stands, to its new value; None leaves it alone."""
 
 
+Places = tuple[tuple[int | None, str], ...]
+"""The layers and names of some sites."""
+
+
+def filters(places: Places | None) -> tuple[Any, Any]:
+    """What a pass is narrowed to: the names and the layers; among their pairs there may be more than the places."""
+    if places is None:
+        return None, None
+    return tuple(dict.fromkeys(name for _, name in places)), tuple(dict.fromkeys(layer for layer, _ in places))
+
+
+def check_places(places: Places, seen: Collection[tuple[int | None, str]]) -> None:
+    """Refuses places that a pass did not come by: what is to be done there would else silently not be done.
+
+    Args:
+        places: where something is to be done.
+        seen: the layers and names that the pass showed.
+
+    Raises:
+        SiteError: if there is one.
+    """
+    for layer, name in places:
+        if (layer, name) in seen:
+            continue
+        layers = [str(other) for other, of in seen if of == name]
+        if layers:
+            where = f"it stands in layer {', '.join(layers)}"
+        else:
+            where = f"the sites are {', '.join(sorted({of for _, of in seen}))}"
+        raise SiteError(f"There is no site {name!r} in layer {layer}; {where}.")
+
+
 @runtime_checkable
 class SelfPlaced(Protocol):
     """A `PlacedIntervention` that says where it acts and what it is not for; a pytree, whose arrays may differ."""
 
     @property
-    def sites(self) -> tuple[str, ...]:
+    def places(self) -> Places:
         """The sites that it is called at."""
-        ...
-
-    @property
-    def layers(self) -> tuple[int | None, ...]:
-        """Their layers."""
         ...
 
     def check(self, model: Any, n_prompt: Sequence[int]) -> None:

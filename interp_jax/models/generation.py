@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from interp_jax.instrument import Activation, SiteValues
-from interp_jax.models.continue_rows import Prompts, as_rows, checked_settings, continue_rows, row_keys
+from interp_jax.models.continue_rows import Prompts, as_rows, checked_rows, checked_settings, continue_rows, row_keys
 from interp_jax.models.decoding import Place, SelfPlaced
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.tokenizer import Tokenizer
@@ -103,7 +103,8 @@ def generate(
         interventions: From an `Activation` to its new value, or None to leave it alone. A function that is passed again
             is not traced again; nor is a `jax.tree_util.Partial` of it with other arrays. Vectors and other edits go
             in by `interp_jax.steering.as_intervention`.
-        where: Whether interventions act on the prompts' positions, on those of generated tokens, or on both.
+        where: Whether a function acts on the prompts' positions, on those of generated tokens, or on both. Edits of
+            `as_intervention` say it themselves.
         fetch_sites: Sites whose activations are given back.
         fetch_layers: Layers whose activations are given back; all when None.
 
@@ -125,10 +126,12 @@ def generate(
             f"interventions is a {type(interventions).__name__}; it must be one function from an Activation to its new "
             "value or None. Of a SteeringVector, interp_jax.steering.as_intervention makes what goes here."
         )
-    sites, layers = None, None
+    places = None
     if isinstance(interventions, SelfPlaced):
-        interventions.check(model, [np.size(prompt) for prompt in prompts])
-        sites, layers = interventions.sites, interventions.layers
+        if where != "both":
+            raise ValueError(f"where={where!r}, but these edits say themselves where they act; leave where out.")
+        interventions.check(model, [len(row) for row in checked_rows(model, prompts, max_new_tokens)])
+        places = interventions.places
         placed = Partial(_self_placed, interventions)
     elif isinstance(interventions, Partial):
         placed = Partial(_Unplaced(interventions.func), *interventions.args, **interventions.keywords)
@@ -136,7 +139,7 @@ def generate(
         placed = None if interventions is None else _Unplaced(interventions)
     decoded = continue_rows(
         model, prompts, row_keys(key, len(prompts)), settings, max_new_tokens=max_new_tokens, intervention=placed,
-        where=where, sites=sites, layers=layers,
+        where=where, places=places,
         fetch_sites=(fetch_sites,) if isinstance(fetch_sites, str) else tuple(fetch_sites or ()),
         fetch_layers=(
             (fetch_layers,) if isinstance(fetch_layers, int) else None if fetch_layers is None else tuple(fetch_layers)

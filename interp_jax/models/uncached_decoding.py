@@ -21,7 +21,19 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Int
 
 from interp_jax.instrument import SiteValues, iterate
-from interp_jax.models.decoding import Decoded, Place, PlacedIntervention, Sampling, by_position, ends, picked, usable
+from interp_jax.models.decoding import (
+    Decoded,
+    Place,
+    PlacedIntervention,
+    Places,
+    Sampling,
+    by_position,
+    check_places,
+    ends,
+    filters,
+    picked,
+    usable,
+)
 
 __all__ = ["BUCKET", "decode_without_cache"]
 
@@ -29,7 +41,7 @@ BUCKET = 16
 """Buffers are a multiple of this many tokens wide, unless the model's context is narrower."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 8, 9, 10, 11, 12, 13))
+@functools.partial(jax.jit, static_argnums=(0, 8, 9, 10, 11, 12))
 def decode_without_cache(
     forward: Callable[[Any, Any], Any],
     params: Any,
@@ -43,8 +55,7 @@ def decode_without_cache(
     max_new_tokens: int,
     sampling: Sampling,
     where: str,
-    sites: tuple[str, ...] | None,
-    layers: tuple[int | None, ...] | None,
+    places: Places | None,
 ) -> Decoded:
     """Continues rows of tokens.
 
@@ -61,8 +72,7 @@ def decode_without_cache(
         max_new_tokens: how many tokens a row gets at most.
         sampling: how a token is picked.
         where: `prompt`, `generated` or `both`: the positions that the intervention acts on.
-        sites: the sites that it is called at; None for all.
-        layers: the layers; None for all.
+        places: the sites that it is called at; None for all.
 
     Returns:
         What was generated, with no activations.
@@ -76,12 +86,17 @@ def decode_without_cache(
     def logits_of(tokens: Int[Array, "batch buffer"]) -> Array:
         if intervention is None:
             return forward(params, tokens)
+        sites, layers = filters(places)
+        shown: dict[tuple[int | None, str], None] = {}
         for activation in (running := iterate(forward, sites=sites, layers=layers)(params, tokens)):
-            value = intervention(activation, place)
+            shown[activation.layer, activation.name] = None
+            is_called = places is None or (activation.layer, activation.name) in places
+            value = intervention(activation, place) if is_called else None
             if value is not None and is_acted_on is not None and jnp.shape(value) == activation.value.shape:
                 value = _where(is_acted_on, activation.name, value, activation.value)
             if value is not None:
                 running.modified_value = value
+        check_places(places or (), shown)
         return running.retval
 
     def body(state: Any) -> Any:

@@ -156,7 +156,8 @@ def jump_relu(
         threshold: one a latent.
         bandwidth: width of the rectangle by which the derivatives by the threshold are estimated.
     """
-    is_active = (pre > threshold) & (pre > 0)
+    # And not `>`, so that NaN is kept and seen in the loss.
+    is_active = ~(pre <= threshold) & ~(pre <= 0)
     return jnp.where(is_active, pre, 0), jnp.asarray(is_active, pre.dtype)
 
 

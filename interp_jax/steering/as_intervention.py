@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Array
 
 from interp_jax.instrument import Activation
-from interp_jax.models.decoding import Place
+from interp_jax.models.decoding import Place, Places
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.transformer import Transformer
 from interp_jax.steering.edits import (
+    AddVector,
+    ClampLatents,
     Edit,
     apply_edits,
     as_edits,
@@ -34,14 +36,9 @@ class EditsInGeneration:
     edits: tuple[Edit, ...]
 
     @property
-    def sites(self) -> tuple[str, ...]:
+    def places(self) -> Places:
         """The sites that they are for."""
-        return places_of(self.edits)[0]
-
-    @property
-    def layers(self) -> tuple[int | None, ...]:
-        """Their layers."""
-        return places_of(self.edits)[1]
+        return places_of(self.edits)
 
     def check(self, model: LanguageModel | Transformer, n_prompt: Sequence[int]) -> None:
         """Refuses edits of another model, outside a prompt, or too large; see `check_edits` and `check_strengths`."""
@@ -56,13 +53,23 @@ class EditsInGeneration:
 def as_intervention(edits: SteeringVector | Edit | Sequence[Any]) -> EditsInGeneration:
     """What `ij.generate(..., interventions=...)` takes: edits, each where it says itself, the same in every row.
 
-    A program of `generate` serves all vectors of one place: their numbers are arguments of it.
+    A program of `generate` serves all vectors of one place: their numbers are arguments of it. A text begins as
+    `generate` has it, with a begin token only where the tokenizer has a `bos_id`; `steer` may put the token between
+    documents there. To compare the two, give ids.
 
     Args:
         edits: a vector, which is added as it is (`as_intervention(2 * vector)`), an edit such as `clamp_latents` gives,
             or several, which act together.
 
     Raises:
-        ValueError: if there is none, or it is nothing to steer with.
+        ValueError: if there is none, it is nothing to steer with, or it has a strength a row.
     """
-    return EditsInGeneration(as_edits(edits))
+    made = as_edits(edits)
+    for edit in made:
+        n = len(edit.strengths) if isinstance(edit, AddVector | ClampLatents) else 1
+        if n != 1:
+            raise ValueError(
+                f"The edit of {edit.site} has {n} strengths, and ij.generate steers every row alike; give it one, or "
+                "use steer(..., coefficients=...)."
+            )
+    return EditsInGeneration(made)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from interp_jax.activations.splice import unheaded
 from interp_jax.instrument import Activation, iterate
-from interp_jax.models.decoding import Place
+from interp_jax.models.decoding import Place, Places, check_places, filters
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.transformer import Transformer
 from interp_jax.sae import Autoencoder
@@ -248,13 +248,13 @@ def apply_edits(edits: tuple[Edit, ...], activation: Activation, place: Place) -
     return flat.reshape(value.shape)
 
 
-def places_of(edits: Sequence[Edit]) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
-    """The sites and the layers of edits, to narrow a pass to.
+def places_of(edits: Sequence[Edit]) -> Places:
+    """The sites that edits are for.
 
     Args:
         edits: the edits.
     """
-    return tuple(sorted({edit.site for edit in edits})), tuple(dict.fromkeys(edit.layer for edit in edits))
+    return tuple(dict.fromkeys((edit.layer, edit.site) for edit in edits))
 
 
 def check_edits(edits: Any, model: LanguageModel | Transformer, n_prompt: Sequence[int]) -> tuple[Edit, ...]:
@@ -273,9 +273,9 @@ def check_edits(edits: Any, model: LanguageModel | Transformer, n_prompt: Sequen
     made = as_edits(given)
     for one, edit in zip(given, made, strict=True):
         if isinstance(edit, AddVector) and edit.model not in ("", name) and name:
-            source = one.source if isinstance(one, SteeringVector) else ""
+            source = one.source if isinstance(one, SteeringVector) else ""  # an edit does not know it
             raise ValueError(
-                f"The vector from {source or 'somewhere'} is of {edit.model}'s activations, and this is "
+                f"The vector{f' from {source}' if source else ''} is of {edit.model}'s activations, and this is "
                 f"{name}. Make one from this model; or, if it is meant, set its model to ''."
             )
         if edit.layer is not None and not 0 <= edit.layer < n_layers:
@@ -373,12 +373,15 @@ def steered_forward(
             check_positions(edit.positions, known)
         lengths = jnp.broadcast_to(jnp.asarray(length if n_prompt is None else n_prompt, jnp.int32), (batch,))
         place = Place(jnp.broadcast_to(jnp.arange(length), tokens.shape), lengths)
-        sites, layers = places_of(edits)
+        sites, layers = filters(places_of(edits))
+        shown: dict[tuple[int | None, str], None] = {}
         for activation in (running := iterate(forward, sites=sites, layers=layers)(params, tokens)):
+            shown[activation.layer, activation.name] = None
             value = apply_edits(edits, activation, place)
             if value is not None:
                 running.modified_value = value
             del activation, value  # where the site is inside a checkpoint, nothing of it may outlive the step
+        check_places(places_of(edits), shown)
         return running.retval
 
     return steered

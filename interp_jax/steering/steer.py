@@ -151,12 +151,11 @@ def continuations(
     settings = checked_settings(temperature, None, None, keys, language_model.stop_tokens, language_model.vocab_size)
     keys = row_keys(None, len(rows)) if keys is None else keys
     check_strengths(edits, strengths, language_model)
-    sites, layers = places_of(edits)
     scaled = tuple(edit.scaled(jnp.asarray(strengths)) for edit in edits)
     try:
         decoded = continue_rows(
             language_model, rows, keys, settings, max_new_tokens=max_new_tokens,
-            intervention=Partial(_edited, scaled), sites=sites, layers=layers, multiple=_MULTIPLE,
+            intervention=Partial(_edited, scaled), places=places_of(edits), multiple=_MULTIPLE,
         )  # fmt: skip
     except NonFiniteLogitsError as error:
         raise FloatingPointError(

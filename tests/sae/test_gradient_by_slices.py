@@ -43,6 +43,7 @@ def test_slices_give_the_gradient_of_the_whole(n_rows):
 
     outcome, gradient = run(sae, batch)
     squared, loss, error, firings, gradients = by_hand(sae, batch)
+    # float32 against float64: sums over a thousand rows of numbers about one, in losses and gradients alike.
     np.testing.assert_allclose(outcome.squared_error, squared, rtol=1e-5)
     np.testing.assert_allclose(outcome.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.error, error, atol=1e-5)

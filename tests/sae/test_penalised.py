@@ -48,7 +48,7 @@ SLOW = {"relu_norm_weighted", "relu_transcoder", "jumprelu"}
 def test_outcome_and_gradient_are_those_of_the_dense_objective(kind):
     run = compiled(kind, KINDS[kind][0].objective_and_gradient)
     dense = compiled(kind, SparseAutoencoder.objective_and_gradient)
-    for pairs_a_row in (3, 30, 300):
+    for pairs_a_row in (3, 15, 30, 300):  # each of the three ways by count, and the dense one
         sae, *batch = given(kind, pairs_a_row)
         found, expected = run(sae, *batch), dense(sae, *batch)
         np.testing.assert_array_equal(found[0].firings, expected[0].firings)
@@ -67,3 +67,12 @@ def test_mapped_over_autoencoders_each_goes_its_own_way():
     for number, (sae, *_) in enumerate(saes):
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(run(sae, *batch)), strict=True):
             np.testing.assert_allclose(a[number], b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated", "jumprelu_to_a_target"])
+@pytest.mark.parametrize("pairs_a_row", [3, 300])
+def test_what_is_not_a_number_is_seen_in_the_loss(kind, pairs_a_row):
+    sae, *batch = given(kind, pairs_a_row)
+    sae = sae.replace(W_enc=sae.W_enc[...].at[0, 5].set(jnp.nan))
+    outcome, _ = compiled(kind, KINDS[kind][0].objective_and_gradient)(sae, *batch)
+    assert jnp.isnan(outcome.loss)
