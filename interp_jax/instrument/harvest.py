@@ -144,14 +144,15 @@ class Harvester(jax.core.Trace):
         # What is planted goes through JAX with the operands: the rule wants primal values.
         plants, tree = jax.tree.flatten(dict(self.level.plants))
         plants = [jax.numpy.asarray(value) for value in plants]
+        n_args = len(args)  # not the tracers, which a jaxpr that keeps the rule would keep
 
         def code_alone(*operands: Any) -> list[Any]:
-            return code.call_wrapped(*operands[: len(args)])
+            return code.call_wrapped(*operands[:n_args])
 
         def rule_alone(*operands: Any) -> list[Any]:
             primals, tangents = operands[: len(operands) // 2], operands[len(operands) // 2 :]
-            planted = jax.tree.unflatten(tree, primals[len(args) :])
-            return self._heard(rule, planted).call_wrapped(*primals[: len(args)], *tangents[: len(args)])
+            planted = jax.tree.unflatten(tree, primals[n_args:])
+            return self._heard(rule, planted).call_wrapped(*primals[:n_args], *tangents[:n_args])
 
         params["subfuns"] = (
             linear_util.wrap_init(code_alone, debug_info=code.debug_info),

@@ -195,6 +195,19 @@ def test_custom_derivative_rules_hold_around_and_inside_a_pass(kind, where, wrap
     close(saved["out"], np.sin(X))
 
 
+@pytest.mark.parametrize("kind", [jax.custom_jvp, jax.custom_vjp], ids=["custom_jvp", "custom_vjp"])
+def test_a_program_that_is_kept_keeps_no_tracer_for_the_sake_of_a_rule(kind):
+    function = with_rules(kind)
+
+    def run(x):
+        for _, _, value in (running := ij.iterate(lambda x: ij.site(function(jnp.cos(x)), "out"))(x)):
+            del value
+        return running.retval
+
+    program = jax.make_jaxpr(run)(jnp.asarray(X))  # leaks are looked for while it is there
+    close(jax.core.eval_jaxpr(program.jaxpr, program.consts, X)[0], np.sin(np.cos(X)))
+
+
 def test_sites_inside_shard_map_are_seen_edited_and_saved():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(
