@@ -29,7 +29,8 @@ from interp_jax.models.decoding import (
     picked,
     usable,
 )
-from interp_jax.models.transformer import FEW_ROWS, KeyValueCache, Transformer, empty_cache, for_few_rows
+from interp_jax.models.products import FEW_ROWS
+from interp_jax.models.transformer import KeyValueCache, Transformer, empty_cache, for_few_rows
 
 __all__ = ["decode_with_cache", "is_worth_turning", "prefill", "step"]
 

@@ -45,7 +45,6 @@ Hazards:
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -59,11 +58,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from interp_jax.instrument import in_layer, layer_scan, site
+from interp_jax.models.products import Turned, product, times, times_turned
+from interp_jax.models.rows_of import rows_of
 from interp_jax.models.transformer_config import TransformerConfig as TransformerConfig
 
 _INIT_STD = 0.02  # GPT-2's, for every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
-FEW_ROWS = 32
-"""Up to so many rows a product on a CPU is faster with the matrix first (`_few_rows_times`)."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -220,68 +219,6 @@ def _turn(x: Float[Array, "batch seq heads d_head"], rotary: _Rotary) -> Float[A
     return jnp.concatenate([*(each.astype(x.dtype) for each in turned), rest], axis=-1)
 
 
-class _Turned(nnx.Param):
-    """A weight that lies as `[*outputs, *inputs]`; see `for_few_rows`."""
-
-
-def _times(x: Array, parameter: nnx.Param, axes: int = 1) -> Array:
-    """The last axes of `x[*rows, *inputs]` times the first of a weight `[*inputs, *outputs]`, in the dtype of `x`."""
-    weight = parameter[...].astype(x.dtype)
-    rows, inputs = x.shape[:-axes], x.shape[-axes:]
-    if isinstance(parameter, _Turned):
-        outputs = weight.shape[:-axes]
-        product = _few_rows_times(x.reshape(-1, math.prod(inputs)), weight.reshape(-1, math.prod(inputs)))
-        return product.reshape(*rows, *outputs)
-    outputs = weight.shape[axes:]
-    if math.prod(rows) == 1 and math.prod(inputs) % 2 == 0:
-        return _row_times(x.reshape(-1), weight.reshape(math.prod(inputs), -1)).reshape(*rows, *outputs)
-    if weight.ndim == 2:
-        return x @ weight
-    return _rows_times(x.reshape(*rows, -1), weight, axes).reshape(*rows, *outputs)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def _rows_times(x: Float[Array, "*rows d_in"], weight: Array, axes: int) -> Float[Array, "*rows d_out"]:
-    """The same with the heads of each side as one axis.
-
-    A sum over two axes of a matrix, which a backward pass would ask for, XLA transposes the matrix for on a CPU. Under
-    `checkpoint` the backward pass keeps the weights as they lie in their stack, and no matrices made of them.
-    """
-    return x @ weight.reshape(math.prod(weight.shape[:axes]), -1)
-
-
-@functools.partial(jax.jit, inline=True)  # One function for every eager call, or each would compile its branches anew.
-def _row_times(row: Float[Array, "d_in"], weight: Float[Array, "d_in d_out"]) -> Float[Array, "d_out"]:
-    """One row, as in generation.
-
-    On a CPU in two halves, which are summed: XLA leaves a vector times a matrix to one core, and gives a pair of
-    matrices times a pair of vectors to all.
-    """
-
-    def in_halves(row: Array, weight: Array) -> Array:
-        halves = weight.reshape(2, -1, weight.shape[1]), row.reshape(2, -1, 1)
-        return jax.lax.dot_general(*halves, (((1,), (1,)), ((0,), (0,)))).sum(axis=0)[:, 0]
-
-    return jax.lax.platform_dependent(row, weight, cpu=in_halves, default=jnp.matmul)
-
-
-@functools.partial(jax.jit, inline=True)
-def _few_rows_times(rows: Float[Array, "rows d_in"], weight: Float[Array, "d_out d_in"]) -> Float[Array, "rows d_out"]:
-    """A few rows times a matrix that lies as its outputs by its inputs.
-
-    On a CPU the matrix stands first: XLA gets through it up to 1.6 times as fast as where the rows do. The barrier
-    keeps XLA from turning the product round again.
-    """
-
-    def matrix_first(rows: Array, weight: Array) -> Array:
-        return jax.lax.optimization_barrier(jnp.einsum("oi,ri->or", weight, rows)).T
-
-    def rows_first(rows: Array, weight: Array) -> Array:
-        return jnp.einsum("ri,oi->ro", rows, weight)
-
-    return jax.lax.platform_dependent(rows, weight, cpu=matrix_first, default=rows_first)
-
-
 def _remembered(cache: Array, new: Array, number: Any, start: Any, axis: int) -> tuple[Array, Array]:
     """What one layer sees, and the cache, with new keys or values written from slot `start` of the axis on."""
     if cache.ndim == new.ndim:
@@ -340,12 +277,12 @@ class Attention(nnx.Module):
         grouped = q.reshape(batch, seq, c.n_kv_heads, -1, c.d_head)
         v = v.swapaxes(1, 2)
         if cache is None:
-            logits = jnp.einsum("bqgmd,bgkd->bgmqk", grouped, k.swapaxes(1, 2))
+            logits = product("bqgmd,bgkd->bgmqk", grouped, k.swapaxes(1, 2))
         else:
             k, k_cache = _remembered(cache[0], jnp.moveaxis(k, 1, 3), number, shared.start, 3)
             v, v_cache = _remembered(cache[1], v, number, shared.start, 2)
             cache = k_cache, v_cache
-            logits = jnp.einsum("bgmqd,bgdk->bgmqk", jnp.moveaxis(grouped, 1, 3), k)
+            logits = product("bgmqd,bgdk->bgmqk", jnp.moveaxis(grouped, 1, 3), k)
         scale = c.scale / (number + 1) if c.attn_scale_falls else c.scale
         logits = logits * jnp.asarray(scale, x.dtype)
         logits = _soft_capped(logits, c.attn_soft_cap)
@@ -354,18 +291,18 @@ class Attention(nnx.Module):
         masked = jnp.where(reach.sees, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
         probs = site(jax.nn.softmax(masked, axis=-1).astype(x.dtype), "attn_probs")
 
-        heads = jnp.einsum("bgmqk,bgkd->bgmqd", probs.reshape(batch, c.n_kv_heads, -1, *probs.shape[2:]), v)
+        heads = product("bgmqk,bgkd->bgmqd", probs.reshape(batch, c.n_kv_heads, -1, *probs.shape[2:]), v)
         heads = site(heads.reshape(batch, c.n_heads, seq, c.d_head).swapaxes(1, 2), "attn_heads")
-        out = _times(heads, self.W_o, axes=2)
+        out = times(heads, self.W_o, axes=2)
         return out + self.b_o[...].astype(x.dtype) if c.attn_out_bias else out, cache
 
     def _projected(self, x: Array) -> list[Array]:
         """Queries, keys and values."""
         c = self.config
         if hasattr(self, "W_qkv"):
-            each = jnp.split(_times(x, self.W_qkv), [c.n_heads, c.n_heads + c.n_kv_heads], axis=-2)
+            each = jnp.split(times(x, self.W_qkv), [c.n_heads, c.n_heads + c.n_kv_heads], axis=-2)
         else:
-            each = [_times(x, weight) for weight in (self.W_q, self.W_k, self.W_v)]
+            each = [times(x, weight) for weight in (self.W_q, self.W_k, self.W_v)]
         if not c.qkv_bias:
             return each
         biases = (self.b_q, self.b_k, self.b_v)
@@ -399,7 +336,7 @@ class MLP(nnx.Module):
         return self._mapped(site(act, "mlp_act"), "out")
 
     def _mapped(self, x: Array, which: str) -> Array:
-        mapped = _times(x, getattr(self, f"W_{which}"))
+        mapped = times(x, getattr(self, f"W_{which}"))
         return mapped + getattr(self, f"b_{which}")[...].astype(x.dtype) if self.config.mlp_bias else mapped
 
 
@@ -602,11 +539,11 @@ class Transformer(nnx.Module):
             None if cache is None else cache.n_filled,
         )
 
-        x = self.W_embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan).astype(self.compute_dtype)
+        x = rows_of(self.W_embed[...], tokens).astype(self.compute_dtype)
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.positions == "learned":
-            x = x + self.W_pos[...].at[jnp.maximum(placed, 0)].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
+            x = x + rows_of(self.W_pos[...], jnp.maximum(placed, 0)).astype(x.dtype)
         x, first = site(x, "embed", layer=None), None
         if entry is not None:
             stream, first = entry
@@ -616,9 +553,9 @@ class Transformer(nnx.Module):
             x = x[:, at][:, None]
         x = site(self.final_norm(x), "final_norm", layer=None)
         if c.tied_embeddings:
-            logits = self._of_embedding(x)
+            logits = times_turned(x, self.W_embed[...].astype(x.dtype))
         else:
-            logits = _times(x, self.W_unembed)
+            logits = times(x, self.W_unembed)
         if c.unembed_bias:
             logits = logits + self.b_unembed[...].astype(x.dtype)
         logits = site(_soft_capped(logits, c.logit_soft_cap), "logits", layer=None)
@@ -626,12 +563,6 @@ class Transformer(nnx.Module):
             return logits, None
         keys, values = kept
         return logits, KeyValueCache(keys, values, key_positions, cache.n_filled + seq)
-
-    def _of_embedding(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq vocab"]:
-        weight = self.W_embed[...].astype(x.dtype)
-        if 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
-            return _few_rows_times(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
-        return jnp.einsum("vd,bsd->bsv", weight, x)
 
     def _reach(self, positions: Array, key_positions: Array, *, local: bool) -> _Reach:
         c = self.config
@@ -769,8 +700,8 @@ def for_few_rows(model: Transformer) -> Transformer:
     other = jax.tree.map(lambda leaf: leaf, model)  # another module over the same arrays
     lead = int(other.is_stacked)
 
-    def turned(*weights: nnx.Param, inputs: int = 1) -> _Turned:
-        return _Turned(jnp.concatenate([_outputs_first(weight[...], lead, inputs) for weight in weights], axis=lead))
+    def turned(*weights: nnx.Param, inputs: int = 1) -> Turned:
+        return Turned(jnp.concatenate([_outputs_first(weight[...], lead, inputs) for weight in weights], axis=lead))
 
     for block in [other.blocks] if other.is_stacked else cast(Any, other.blocks):
         attn, mlp = block.attn, block.mlp
