@@ -2,8 +2,8 @@
 
     make bench-models, or: python -m benchmarks.models, where the extras `demo` and `peers` are installed
 
-f32, the same weights from one GGUF file; the two sides of a row are run in turn, and times are medians. PyTorch has a
-process of its own and as many threads as the machine has cores.
+f32 unless a row says otherwise, the same weights from one GGUF file; the two sides of a row are run in turn, and times
+are medians. PyTorch has a process of its own and as many threads as the machine has cores.
 """
 
 import argparse
@@ -119,6 +119,37 @@ def decode_rows(model: Transformer, peer: Peer, rounds: int) -> list[Row]:
     return found
 
 
+def bfloat16_rows(model: Transformer, tokens: np.ndarray, peer: Peer, rounds: int) -> list[Row]:
+    """Forward passes and decoding in bfloat16 on both sides, and beside ours in float32. The peer stays in it."""
+    wide = unrolled(model)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)
+    ours, row = jax.jit(apply), jnp.asarray(tokens)
+    exact = np.asarray(ours(wide, row))
+    peer.narrow()
+    of_ours, of_torch = (np.linalg.norm(logits - exact) for logits in (ours(narrow, row), peer.forward()))
+    assert of_ours < 1.5 * of_torch
+    timed = seconds([lambda: ours(narrow, row), peer.run_forward, lambda: ours(wide, row)], rounds)
+    found = _beside("bfloat16, forward with logits, 8 x 128, unrolled", timed)
+    for batch in (1, 16):
+        prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (batch, 16))
+
+        def decode(model: Transformer, prompts: Any = prompts) -> Any:
+            return ij.generate(model, prompts.tolist(), max_new_tokens=NEW_TOKENS).tokens
+
+        sides = [
+            lambda decode=decode: decode(narrow),
+            lambda prompts=prompts: peer.decode(prompts, NEW_TOKENS),
+            lambda decode=decode: decode(wide),
+        ]
+        found += _beside(f"bfloat16, decode, batch {batch}, {NEW_TOKENS} tokens, unrolled", seconds(sides, rounds))
+    return found
+
+
+def _beside(what: str, timed: list[float]) -> list[Row]:
+    narrow, of_torch, wide = timed
+    return [Row(f"{what} / PyTorch", "s", narrow, of_torch), Row(f"{what} / float32", "s", narrow, wide)]
+
+
 def first_token_rows(rounds: int) -> list[Row]:
     """A new process: import, load, compile (or find it in the compilation cache), run."""
     with tempfile.TemporaryDirectory() as cache:
@@ -146,7 +177,7 @@ def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed")
-    parts = ("forward", "decode", "first-token")
+    parts = ("forward", "decode", "bfloat16", "first-token")
     parser.add_argument("--only", choices=parts, help="this part of the table; all when left out")
     options = parser.parse_args()
     wanted = parts if options.only is None else (options.only,)
@@ -159,6 +190,8 @@ def main() -> None:
             rows += forward_rows(model, tokens, peer, options.rounds)
         if "decode" in wanted:
             rows += decode_rows(model, peer, options.rounds)
+        if "bfloat16" in wanted:  # the peer's last
+            rows += bfloat16_rows(model, tokens, peer, options.rounds)
     finally:
         peer.close()
     if "first-token" in wanted:

@@ -46,6 +46,10 @@ class Peer:
         """The same as `forward`, to be timed: nothing is written."""
         self._process.ask("time forward")
 
+    def narrow(self) -> None:
+        """From now on all of it is in bfloat16."""
+        self._process.ask("narrow")
+
     def close(self) -> None:
         """Ends it."""
         self._process.close()
@@ -68,8 +72,11 @@ def _serve(folder: pathlib.Path) -> None:
 
     def forward() -> str:
         with exactly(torch):
-            np.save(folder / "logits.npy", model(tokens).logits.cpu().numpy())
+            np.save(folder / "logits.npy", model(tokens).logits.float().cpu().numpy())
         return str(folder / "logits.npy")
+
+    def narrow() -> None:
+        model.to(torch.bfloat16)
 
     def time_forward() -> None:
         model(tokens)
@@ -83,6 +90,7 @@ def _serve(folder: pathlib.Path) -> None:
         "decode": decode,
         "decode exactly": decode_exactly,
         "forward": forward,
+        "narrow": narrow,
         "time forward": time_forward,
         "threads": torch.get_num_threads,
     }
