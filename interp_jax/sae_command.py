@@ -60,8 +60,8 @@ from interp_jax.whole_file import write_whole
 
 __all__ = ["EvaluateOptions", "TrainOptions", "from_file", "main", "run_evaluate", "run_sweep", "run_train"]
 
-_OWN = ("model", "layer", "site", "text", "n_tokens", "n_held_out", "context", "batch_size", "out", "activations",
-        "mesh", "log_to")  # fmt: skip
+_OWN = ("model", "model_dtype", "layer", "site", "text", "n_tokens", "n_held_out", "context", "batch_size", "out",
+        "activations", "mesh", "log_to")  # fmt: skip
 """The options that are not the autoencoder's."""
 
 
@@ -81,6 +81,8 @@ class TrainOptions(TrainConfig):
     """Training steps, one batch each."""
     model: str = "smollm2"
     """`tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file."""
+    model_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's weights and activations. bfloat16 takes half the memory and disk, and mostly less time."""
     layer: int | None = None
     """The layer; the middle one when left out."""
     site: str = "resid_post"
@@ -128,6 +130,8 @@ class EvaluateOptions:
 
     model: str = "smollm2"
     """`tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file."""
+    model_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's weights and activations. bfloat16 takes half the memory and disk, and mostly less time."""
     layer: int | None = None
     """The layer; the middle one when left out."""
     site: str = "resid_post"
@@ -377,6 +381,7 @@ def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
         context=options.context,
         n_tokens=0,
         n_held_out=options.n_held_out,
+        dtype=options.model_dtype,
     )
     found = _judged(sae, model, options.site, layer, held_out, float("inf"))
     if options.out is not None:
@@ -392,6 +397,7 @@ def _prepared(options: TrainOptions) -> ModelAndRows:
         context=options.context,
         n_tokens=options.n_tokens,
         n_held_out=options.n_held_out,
+        dtype=options.model_dtype,
     )
     n_rows = len(found.rows) * (options.context - 1)
     if not 1 <= options.batch_size <= n_rows:

@@ -4,6 +4,9 @@
 are compiled without optimisation, unless `XLA_FLAGS` is set, be it to nothing: `make test-slow` does so, as its tests
 compute for minutes. Tests of several devices start processes with flags of their own.
 
+What has been compiled goes to a folder that lasts as long as the process, for the leak checker has the same small
+operation compiled over and over. The folder is the process's own: another one might read an entry half written.
+
 **The leak checker.** A tracer that outlives its trace fails a test. This costs dear in two ways. It bypasses JAX's
 trace caches, so each call of a small operation is traced and compiled anew: a test marked `caches` goes without it, and
 so do all of the packages that know arrays only, never a model, where no code of ours stands between JAX and a function.
@@ -15,6 +18,7 @@ Nor would the patcher, which asks the collector for the functions that a patch c
 import gc
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -26,6 +30,10 @@ IN_A_HURRY = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensiv
 if jax.__version_info__ < (0, 11):
     IN_A_HURRY.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(IN_A_HURRY))  # read when the first program is compiled
+
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 HERE = pathlib.Path(__file__).parent
 ARRAYS_ONLY = [HERE / "pursuit", HERE / "sae"]

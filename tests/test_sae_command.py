@@ -228,6 +228,15 @@ def test_mistakes_are_told_before_the_model_is_loaded(tmp_path, monkeypatch):
             main(["train", *SMALL, *more])
 
 
+def test_the_model_may_be_in_bfloat16(run, text, tmp_path, capsys):
+    narrow = ["--model-dtype", "bfloat16", "--text", text]
+    main(["train", *SMALL, "--k", "5", *narrow, "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["model_dtype"] == "bfloat16"
+    losses = [json.loads((each / "evaluation.json").read_text())["clean"] for each in (run, tmp_path / "run")]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_a_site_that_is_not_there_and_a_store_of_another_text_are_told(run, text, tmp_path):
     with pytest.raises(ij.SiteError, match="no site 'nonsense' at layer 2; there are resid_pre, "):
         main(["train", *SMALL, "--text", text, "--out", str(tmp_path / "run"), "--site", "nonsense"])

@@ -48,7 +48,14 @@ class ModelAndRows(NamedTuple):
 
 
 def model_and_rows(
-    model_name: str, layer: int | None, text: str, *, context: int, n_tokens: int, n_held_out: int
+    model_name: str,
+    layer: int | None,
+    text: str,
+    *,
+    context: int,
+    n_tokens: int,
+    n_held_out: int,
+    dtype: str = "float32",
 ) -> ModelAndRows:
     """Loads a model, and divides a text into rows to train on and rows to judge by; with progress.
 
@@ -59,6 +66,7 @@ def model_and_rows(
         context: tokens a row.
         n_tokens: tokens to train on; zero for none.
         n_held_out: tokens to judge by.
+        dtype: of the model's weights and activations.
 
     Returns:
         The model with its rows; of either kind a multiple of `BATCH_ROWS`.
@@ -69,7 +77,7 @@ def model_and_rows(
     """
     documents = documents_of(text)
     with working(f"Loading {model_name}"):
-        model = load(model_name)
+        model = load(model_name, dtype=dtype)
     layer = model.layer_or_middle(layer)
     if len(documents) > 1:
         train_rows, held_out = (pack(part, model.tokenizer, context) for part in split_documents(documents))

@@ -25,8 +25,6 @@ from interp_jax.progress import advancing, note
 
 __all__ = ["site_folder", "store_activations", "store_sites"]
 
-_FLOAT32 = 4
-
 
 def store_activations(
     model: LanguageModel,
@@ -39,6 +37,8 @@ def store_activations(
     part: tuple[int, int] = (0, 1),
 ) -> ActivationStore:
     """Activations at one site, but those of each row's first position, in the order of the rows; with progress.
+
+    They are stored in the dtype that the model computes in.
 
     Args:
         model: the model.
@@ -119,14 +119,15 @@ def _stored(
     context = rows.shape[1]
     n_all = len(rows) // batch_rows
     tokens = jax.ShapeDtypeStruct((batch_rows, context), jnp.int32)
-    shapes = {(row.layer, row.name): row.shape for row in list_sites(model.forward)(model.params, tokens)}
+    known = {(row.layer, row.name): row for row in list_sites(model.forward)(model.params, tokens)}
     for layer, name in places:
-        if (layer, name) not in shapes:
-            here = ", ".join(name for at, name in shapes if at == layer)
+        if (layer, name) not in known:
+            here = ", ".join(name for at, name in known if at == layer)
             raise SiteError(f"{model.name} has no site {name!r} at layer {layer}; there are {here}.")
     rows = rows[: n_all * batch_rows]
     tokens_sha256 = hashlib.sha256(np.ascontiguousarray(rows, "<i4").data).hexdigest()
-    widths = {site: math.prod(shapes[site][2:]) for site in places}
+    widths = {site: math.prod(known[site].shape[2:]) for site in places}
+    dtypes = {site: jnp.dtype(known[site].dtype) for site in places}
     stores = {}
     for (layer, name), place in places.items():
         provenance = {
@@ -137,8 +138,8 @@ def _stored(
             "context": context,
             "tokens_sha256": tokens_sha256,
         }
-        width = widths[layer, name]
-        stores[layer, name] = ActivationStore(place, d_in=width, provenance=provenance, part=part)
+        width, dtype = widths[layer, name], dtypes[layer, name].name
+        stores[layer, name] = ActivationStore(place, d_in=width, dtype=dtype, provenance=provenance, part=part)
     # This process's range of the batches.
     first, last = (n_all * number // part[1] for number in (part[0], part[0] + 1))
     n_batches = last - first
@@ -151,9 +152,10 @@ def _stored(
         for site, store in stores.items():
             left = (n_batches - store.n_batches) * per_batch
             what = f"what is still to come, {left:,} activations,"
-            store.storage.check_room(left * widths[site] * _FLOAT32, what)
+            store.storage.check_room(left * widths[site] * dtypes[site].itemsize, what)
         # All stores close their shards at the same batches, so that none is far ahead of another after a kill.
-        shard_batches = max(1, SHARD_BYTES // (per_batch * max(widths.values()) * _FLOAT32))
+        row_bytes = max(widths[site] * dtypes[site].itemsize for site in places)
+        shard_batches = max(1, SHARD_BYTES // (per_batch * row_bytes))
         batches = rows.reshape(n_all, batch_rows, context)[first + done : last]
         stream = stream_sites(model.forward, model.params, batches, sites=list(places), skip_first=1)
         what = " and ".join(f"{name} of layer {layer}" if layer is not None else name for layer, name in places)

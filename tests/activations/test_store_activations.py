@@ -97,3 +97,13 @@ def test_a_site_that_is_not_there_and_a_full_disk_are_told_before_anything_is_co
         OSError, match=r"what is still to come, 180 activations, takes up to 1\.\d MB, and 1\.0 MB are free"
     ):
         store_activations(model, rows, tmp_path, site="mlp_act", layer=1, batch_rows=4)
+
+
+def test_a_model_in_bfloat16_is_stored_as_it_computes_and_not_taken_for_another(model, rows, expected, tmp_path):
+    narrow = load_tiny(dtype=jnp.bfloat16)
+    store = store_activations(narrow, rows, tmp_path, site="resid_post", layer=2, batch_rows=4)
+    assert store.dtype == "bfloat16"
+    found, exact = np.float32(of_all(store)), expected[2, "resid_post"]
+    assert 1e-4 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.02
+    with pytest.raises(ValueError, match="dtype 'bfloat16', not 'float32'"):
+        store_activations(model, rows, tmp_path, site="resid_post", layer=2, batch_rows=4)
