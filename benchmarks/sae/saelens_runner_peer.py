@@ -36,7 +36,8 @@ def main(folder: pathlib.Path) -> None:
     )
     documents = json.loads((folder / "documents.json").read_text())
 
-    def train(layer: int, d_sae: int, k: int, n_tokens: int, batch_size: int, context: int) -> float:
+    def train(layer: int, d_sae: int, k: int, n_tokens: int, batch_size: int, context: int, dtype: str) -> float:
+        model.to(getattr(torch, dtype))
         hook = f"model.layers.{layer}"
         config = lens.LanguageModelSAERunnerConfig(
             sae=lens.TopKTrainingSAEConfig(d_in=model.config.hidden_size, d_sae=d_sae, k=k, device=device),

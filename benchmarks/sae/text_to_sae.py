@@ -50,10 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 500_000), ("d-sae", 9216), ("batch", 4096), ("k", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--model-dtype", default="float32", help="of the model on both sides; bfloat16 is the other")
     parser.add_argument("--peer-python", help="interpreter of the peer, where it shares an environment with ours")
     sizes = parser.parse_args()
     documents = documents_of("wikipedia")
-    model = ij.load("smollm2")
+    model = ij.load("smollm2", dtype=sizes.model_dtype)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_smollm2(folder)
@@ -61,7 +62,8 @@ def main() -> None:
         peer = PeerProcess(peer_python("saelens", sizes.peer_python), "benchmarks.sae.saelens_runner_peer", str(folder))
         try:
             layer = model.layer_or_middle(None)
-            theirs = peer.ask("train", layer, sizes.d_sae, sizes.k, sizes.tokens, sizes.batch, CONTEXT)
+            asked = layer, sizes.d_sae, sizes.k, sizes.tokens, sizes.batch, CONTEXT, sizes.model_dtype
+            theirs = peer.ask("train", *asked)
         finally:
             peer.close()
         total, stored, waited = ours(model, documents, sizes, folder)
