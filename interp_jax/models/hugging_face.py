@@ -5,6 +5,7 @@ and never a silent approximation. Weights are used as they are: nothing is folde
 one function from its config to ours, and one table of where its tensors are.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -61,7 +62,8 @@ def _text_part(fields: Fields) -> Fields:
     if not isinstance(text, dict):
         return fields
     of_all = {name: fields[name] for name in ("tie_word_embeddings", "quantization_config") if name in fields}
-    return of_all | text
+    # The whole model's logits are not capped in `transformers`, whatever its part's config says.
+    return of_all | text | {"final_logit_softcapping": None}
 
 
 def _family(
@@ -177,16 +179,15 @@ def _llama_itself(fields: Fields) -> TransformerConfig:
 
 
 def _mistral(fields: Fields) -> TransformerConfig:
-    return _llama(fields, window=fields.get("sliding_window"))
+    return _llama(fields, window=fields.get("sliding_window", 4096))
 
 
 def _qwen(fields: Fields, **more: Any) -> TransformerConfig:
-    if not fields.get("use_sliding_window") or fields.get("sliding_window") is None:
+    window = fields.get("sliding_window", 4096)
+    if not fields.get("use_sliding_window") or window is None:
         return _llama(fields, **more)
-    first = fields.get("max_window_layers", 0)
-    return _llama(
-        fields, window=fields["sliding_window"], local_layers=_local_layers(fields, lambda i: i >= first), **more
-    )
+    first = fields.get("max_window_layers", 28)
+    return _llama(fields, window=window, local_layers=_local_layers(fields, lambda i: i >= first), **more)
 
 
 def _qwen2(fields: Fields) -> TransformerConfig:
@@ -220,7 +221,8 @@ def _is_since(fields: Fields, *version: int) -> bool:
 def _gemma2(fields: Fields, **more: Any) -> TransformerConfig:
     settings: dict[str, Any] = {
         "post_norms": True, "attn_scale": fields["query_pre_attn_scalar"] ** -0.5, "window": fields["sliding_window"],
-        "attn_soft_cap": fields.get("attn_logit_softcapping"), "logit_soft_cap": fields.get("final_logit_softcapping"),
+        "attn_soft_cap": fields.get("attn_logit_softcapping", 50.0),
+        "logit_soft_cap": fields.get("final_logit_softcapping", 30.0),
         "local_layers": _local_layers(fields, lambda layer: layer % 2 == 0),
     }  # fmt: skip
     return _gemma(fields, **(settings | more))
@@ -230,6 +232,7 @@ def _gemma2(fields: Fields, **more: Any) -> TransformerConfig:
 _GEMMA_3_DEFAULTS = {
     "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    "final_logit_softcapping": None,
 }  # fmt: skip
 
 
@@ -459,7 +462,7 @@ FAMILIES: dict[str, tuple[Callable[[Fields], TransformerConfig], Callable[[Trans
 # ---------------------------------------------------------------- files
 
 
-def _full_name(name: str) -> str:
+def _full_name(name: str, family: str | None) -> str:
     """The name that a tensor has in the whole language model: some checkpoints were saved from a part of it."""
     for prefix in ("language_model.", "model.language_model."):
         if name.startswith(prefix):
@@ -467,6 +470,8 @@ def _full_name(name: str) -> str:
             return rest if rest.startswith(("model.", "lm_head.")) else f"model.{rest}"
     if name.startswith(("h.", "wte.", "wpe.", "ln_f.")):
         return f"transformer.{name}"
+    if name.startswith(("layers.", "embed_tokens.", "norm.", "embed_in.", "final_layer_norm.")):
+        return f"gpt_neox.{name}" if family == "gpt_neox" else f"model.{name}"
     return name
 
 
@@ -506,7 +511,8 @@ def open_hugging_face(directory: str | Path) -> OpenedModel:
         raise FileNotFoundError(f"{path} is not there; a model is a directory with config.json and safetensors.")
     whole = read_json(path)
     config_from_hugging_face(whole)  # its faults first: looking through the tensors may take long
-    return opened_tensors(SafetensorsFolder(directory, full_name=_full_name), whole)
+    full_name = functools.partial(_full_name, family=whole.get("model_type"))
+    return opened_tensors(SafetensorsFolder(directory, full_name=full_name), whole)
 
 
 def opened_tensors(source: TensorSource, fields: Fields) -> OpenedModel:

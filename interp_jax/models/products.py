@@ -127,7 +127,8 @@ def times_turned(x: Float[Array, "*rows d_in"], weight: Float[Array, "d_out d_in
         weight: in the same dtype.
     """
     n_rows = math.prod(x.shape[:-1])
-    if n_rows > FEW_ROWS or (n_rows == 1 and x.dtype != jnp.bfloat16):
+    is_known = isinstance(n_rows, int)  # in an export of any batch size it is not
+    if not is_known or n_rows > FEW_ROWS or (n_rows == 1 and x.dtype != jnp.bfloat16):
         return product("...i,oi->...o", x, weight)
     return _few_rows_times(x.reshape(n_rows, -1), weight).reshape(*x.shape[:-1], -1)
 

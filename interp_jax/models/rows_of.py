@@ -23,7 +23,7 @@ def rows_of(table: Float[Array, "n_rows width"], numbers: Int[Array, "*rows"]) -
 
 
 def _gathered(table: Array, numbers: Array, elsewhere: Any) -> Array:
-    return table.at[numbers].get(mode="fill", fill_value=elsewhere)
+    return table.at[numbers].get(mode="fill", fill_value=elsewhere, wrap_negative_indices=False)
 
 
 @jax.custom_jvp

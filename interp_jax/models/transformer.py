@@ -518,6 +518,8 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"The model's context is {c.context} tokens and the rows have shape {tokens.shape}; cut them."
             )
+        if is_token is not None:
+            tokens = jnp.where(is_token, tokens, 0)  # -1 may stand where there is padding
         _check_ids(tokens, c.vocab_size)
         may_exceed = positions is not None or cache is not None
         if positions is None:

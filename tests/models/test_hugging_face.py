@@ -159,6 +159,39 @@ def test_old_gpt2_checkpoints_lack_the_prefix_and_hold_buffers(tmp_path):
     np.testing.assert_allclose(apply(model, TOKENS), CASES["gpt2"]["logits"], atol=2e-5)
 
 
+@pytest.mark.parametrize(("case_name", "prefix"), [("qwen3", "model."), ("gpt_neox", "gpt_neox.")])
+def test_a_checkpoint_of_the_model_without_its_head_lacks_the_prefix(case_name, prefix, tmp_path):
+    def change(tensors):
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    model = load_hugging_face(write_directory(tmp_path, case_name, change=change))
+    np.testing.assert_allclose(apply(model, TOKENS), CASES[case_name]["logits"], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("case_name", "given", "absent", "field", "default"),
+    [
+        ("gemma2", {}, "attn_logit_softcapping", "attn_soft_cap", 50.0),
+        ("gemma2", {}, "final_logit_softcapping", "logit_soft_cap", 30.0),
+        ("gemma3_text", {}, "final_logit_softcapping", "logit_soft_cap", None),
+        ("mistral", {}, "sliding_window", "window", 4096),
+        ("qwen2_windows", {}, "sliding_window", "window", 4096),
+        ("qwen2_windows", {"num_hidden_layers": 30, "layer_types": None}, "max_window_layers", "is_local", None),
+    ],
+)
+def test_what_a_config_leaves_out_is_transformers_default(case_name, given, absent, field, default):
+    fields = CASES[case_name]["config"] | given
+    del fields[absent]
+    found = getattr(config_from_hugging_face(fields), field)
+    assert found == (default if field != "is_local" else tuple(layer >= 28 for layer in range(30)))
+
+
+def test_the_logits_of_gemma_3_with_vision_are_not_capped():
+    text = CASES["gemma3_text"]["config"] | {"final_logit_softcapping": 30.0}
+    assert config_from_hugging_face(text).logit_soft_cap == 30.0
+    assert config_from_hugging_face({"model_type": "gemma3", "text_config": text}).logit_soft_cap is None
+
+
 def test_gemma_3_with_a_vision_tower(tmp_path):
     def change(tensors):
         inner = {f"language_model.{name}": tensor for name, tensor in tensors.items()}

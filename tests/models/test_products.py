@@ -95,3 +95,11 @@ def test_float32_sums_are_asked_for_on_a_cpu_alone():
         return re.search(r"dot_general.*-> tensor<40x20x(\w+)>", program)[1]
 
     assert [sums(platform) for platform in ("cpu", "tpu", "cuda")] == ["f32", "bf16", "bf16"]
+
+
+def test_a_program_may_be_exported_for_any_number_of_rows():
+    (n_rows,) = jax.export.symbolic_shape("n")
+    shapes = jax.ShapeDtypeStruct((n_rows, 48), jnp.float32), jax.ShapeDtypeStruct((20, 48), jnp.float32)
+    program = jax.export.export(jax.jit(times_turned))(*shapes)
+    x, weight = np.random.default_rng(0).normal(size=(7, 48)), np.random.default_rng(1).normal(size=(20, 48))
+    np.testing.assert_allclose(program.call(np.float32(x), np.float32(weight)), x @ weight.T, rtol=1e-5, atol=1e-5)

@@ -28,5 +28,8 @@ def test_rows_and_their_derivatives(dtype, way):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_row_that_is_not_there_is_nan(dtype):
-    found = jax.jit(rows_of)(jnp.ones((5, 3), dtype), jnp.array([4, 5]))
-    assert np.isnan(np.asarray(found, np.float32)).tolist() == [[False] * 3, [True] * 3]
+    numbers = jnp.array([4, 5, -1])
+    found = jax.jit(rows_of)(jnp.ones((5, 3), dtype), numbers)
+    assert np.isnan(np.asarray(found, np.float32)).tolist() == [[False] * 3, [True] * 3, [True] * 3]
+    gradient = jax.grad(lambda table: rows_of(table, numbers).astype(jnp.float32).sum())(jnp.ones((5, 3), dtype))
+    assert np.asarray(gradient, np.float32)[:, 0].tolist() == [0, 0, 0, 0, 1]
