@@ -53,9 +53,11 @@ from interp_jax.sae import (
     sweep,
     train,
 )
+from interp_jax.sae.home import check_home, home_of, is_transcoder
 from interp_jax.sae.loggers import TensorBoardLogger, WandbLogger, check_installed
 from interp_jax.sae.mesh import DATA, LATENT, mesh_over_devices, on_host, own_rows, training_mesh
 from interp_jax.sae.several_processes import ALONE, Processes, first_before_others, is_first_process
+from interp_jax.sae.sharing import files_of_weights
 from interp_jax.whole_file import write_whole
 
 __all__ = ["EvaluateOptions", "TrainOptions", "from_file", "main", "run_evaluate", "run_sweep", "run_train"]
@@ -133,7 +135,7 @@ class EvaluateOptions:
     model_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the model's weights and activations. bfloat16 takes half the memory and disk, and mostly less time."""
     layer: int | None = None
-    """The layer; the middle one when left out."""
+    """The layer; when left out that which the autoencoder's folder names, else the middle one."""
     site: str = "resid_post"
     """The site; `interp-jax sites MODEL` lists them."""
     text: str = "wikipedia"
@@ -220,8 +222,8 @@ def _commands(defaults: TrainOptions) -> tyro.extras.SubcommandApp:
         out: Annotated[pathlib.Path, tyro.conf.Positional],
         *,
         layout: Literal["saelens", "sparsify", "gemma_scope", "gemma_scope_2"] = "saelens",
-        model_name: str = "unknown",
-        hook_name: str = "unknown",
+        model_name: str | None = None,
+        hook_name: str | None = None,
     ) -> None:
         """Writes an autoencoder in another tool's layout.
 
@@ -229,11 +231,18 @@ def _commands(defaults: TrainOptions) -> tyro.extras.SubcommandApp:
             path: Its folder.
             out: The folder to write to.
             layout: Which layout.
-            model_name: The model that it is of, where the layout says so.
-            hook_name: The site, where the layout says so.
+            model_name: The model that it is of, where the layout says so; what its own folder says when left out.
+            hook_name: The site, likewise.
         """
-        sae = load_sae(path)
-        facts = {"model_name": model_name, "hook_name": hook_name} if layout == "saelens" else {}
+        there = files_of_weights(out)
+        if there:
+            raise FileExistsError(
+                f"{out} holds an autoencoder, {there[0]}. Give a new folder, or remove that one first."
+            )
+        sae, home = load_sae(path), home_of(path)
+        names = {"model_name": model_name or home.model_name, "hook_name": hook_name or home.hook_name}
+        has_place = layout in ("saelens", "gemma_scope_2")
+        facts = {name: value or "unknown" for name, value in names.items()} if has_place else {}
         save_sae(sae, out, layout=layout, **facts)
         print(f"{type(sae).__name__} of {sae.d_sae} latents, d_in {sae.d_in}: {out}")
 
@@ -296,21 +305,22 @@ def run_train(options: TrainOptions, *, resume: bool, processes: Processes = ALO
         processes: those that train together.
     """
     options.config_for(1)  # whatever its options have wrong is told before the model is loaded
+    _check_room(options.out, resume)
     mesh = _devices(options, processes)
     model, layer, rows, held_out = _prepared(options)
     store, among, keep_above = first_before_others(lambda: _store(options, model, layer, rows))
     config = options.config_for(store.d_in)
     with contextlib.ExitStack() as stack:
-        loggers = _written(options, config, layer, stack)
+        resolved = _resolved(options, config, layer)
         batches = _batches(stack, options, store, among, mesh)
         sae, history = train(
             config,
             batches,
             mesh=mesh,
-            on_step=_shown(stack, "Training", config.n_steps),
+            on_step=_shown(stack, "Training", config.n_steps, options.out, resolved),
             checkpoint_dir=options.out / "training",
             resume=resume,
-            loggers=loggers,
+            loggers=_loggers(options, resolved, stack),
         )
     _save_and_judge(options.out, sae, model, options.site, layer, held_out, keep_above)
     _say(f"last step: {_in_words([history[-1]])}; {batches.waited_s:.1f} s were spent waiting for batches")
@@ -335,20 +345,21 @@ def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool, proce
     variants = [dataclasses.replace(options, **values) for values in combinations]
     for one in variants:
         one.config_for(1)  # whatever its options have wrong is told before the model is loaded
+    _check_room(options.out, resume)
     mesh = _devices(options, processes)
     model, layer, rows, held_out = _prepared(options)
     store, among, keep_above = first_before_others(lambda: _store(options, model, layer, rows))
     configs = [one.config_for(store.d_in) for one in variants]
     with contextlib.ExitStack() as stack:
-        loggers = _written(options, options.config_for(store.d_in), layer, stack)
+        resolved = _resolved(options, options.config_for(store.d_in), layer)
         runs = sweep(
             configs,
             _batches(stack, options, store, among, mesh),
             mesh=mesh,
-            on_step=_shown(stack, f"Training {len(configs)} autoencoders", options.n_steps),
+            on_step=_shown(stack, f"Training {len(configs)} autoencoders", options.n_steps, options.out, resolved),
             checkpoint_dir=options.out / "training",
             resume=resume,
-            loggers=loggers,
+            loggers=_loggers(options, resolved, stack),
         )
     table = []
     for number, (run, values) in enumerate(zip(runs, combinations, strict=True)):
@@ -368,28 +379,44 @@ def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
         path: its folder.
         options: of the command.
     """
-    sae = load_sae(path)
-    if sae.W_skip is not None or sae.d_in != sae.d_out:
+    _check_held_out(options.n_held_out)
+    sae, home = load_sae(path), home_of(path)
+    layer = home.layer if options.layer is None and home.site == options.site else options.layer
+    if layer is not None:
+        check_home(path, layer, options.site)
+    if sae.W_skip is not None or sae.d_in != sae.d_out or is_transcoder(path):
         raise ValueError(
             f"{path} is a transcoder, and the command reads one site: judge it by "
             "`interp_jax.activations.splice_losses.splice_losses` with its input_site."
         )
     model, layer, _, held_out = model_and_rows(
         options.model,
-        options.layer,
+        layer,
         options.text,
         context=options.context,
         n_tokens=0,
         n_held_out=options.n_held_out,
         dtype=options.model_dtype,
     )
+    check_home(path, layer, options.site)
     found = _judged(sae, model, options.site, layer, held_out, float("inf"))
     if options.out is not None:
         write_whole(options.out, json.dumps(found, indent=1).encode())
 
 
+def _check_room(out: pathlib.Path, resume: bool) -> None:
+    """Refuses to begin a run over another one; activations that are there are of use to a new one."""
+    there = [name for name in ("training", "sae", "run_000") if (out / name).is_dir()]
+    if there and not resume:
+        raise FileExistsError(
+            f"{out} holds a run ({', '.join(there)}). Go on with it by --resume, give the new one another --out, or "
+            "remove what is there."
+        )
+
+
 def _prepared(options: TrainOptions) -> ModelAndRows:
     """The model, the layer, and rows to train on and to judge by."""
+    _check_held_out(options.n_held_out)
     found = model_and_rows(
         options.model,
         options.layer,
@@ -403,6 +430,11 @@ def _prepared(options: TrainOptions) -> ModelAndRows:
     if not 1 <= options.batch_size <= n_rows:
         raise ValueError(f"batch_size is {options.batch_size}; expected 1 to {n_rows:,}, the activations of n_tokens.")
     return found
+
+
+def _check_held_out(n_held_out: int) -> None:
+    if n_held_out < 1:
+        raise ValueError(f"n_held_out is {n_held_out}; expected at least 1 token to judge by.")
 
 
 def _store(
@@ -458,8 +490,13 @@ def _batches(
     return stack.enter_context(PrefetchedSteps(lambda step: batches(step)[own], depth))
 
 
-def _shown(stack: contextlib.ExitStack, description: str, n_steps: int) -> Callable[[int, Any], None]:
-    """Shows steps as they are done, with their metrics."""
+def _shown(
+    stack: contextlib.ExitStack, description: str, n_steps: int, out: pathlib.Path, resolved: str
+) -> Callable[[int, Any], None]:
+    """Shows steps as they are done, with their metrics.
+
+    With the first one, when nothing has been refused, it writes the options as they were resolved.
+    """
     advance = stack.enter_context(advancing(description, n_steps, unit="steps"))
     is_begun = False
 
@@ -468,6 +505,8 @@ def _shown(stack: contextlib.ExitStack, description: str, n_steps: int) -> Calla
         if not is_begun:
             advance.start_at(done - 1)
             is_begun = True
+            if is_first_process():
+                write_whole(out / "run.json", resolved)
         advance(1, _in_words(metrics if isinstance(metrics, list) else [metrics]))
 
     return on_step
@@ -486,20 +525,21 @@ def _in_words(metrics: Sequence[Mapping[str, float]]) -> str:
     ])  # fmt: skip
 
 
-def _written(
-    options: TrainOptions, config: TrainConfig, layer: int, stack: contextlib.ExitStack
+def _resolved(options: TrainOptions, config: TrainConfig, layer: int) -> str:
+    """The options as they were resolved: a config for the same run."""
+    values = {**dataclasses.asdict(config), **{name: getattr(options, name) for name in _OWN}, "layer": layer}
+    return json.dumps(values, indent=1, default=str)
+
+
+def _loggers(
+    options: TrainOptions, resolved: str, stack: contextlib.ExitStack
 ) -> list[TensorBoardLogger | WandbLogger]:
-    """Writes the options as they were resolved, and opens what metrics are logged to; the first process does."""
-    if not is_first_process():
-        return []
-    resolved = {**dataclasses.asdict(config), **{name: getattr(options, name) for name in _OWN}, "layer": layer}
-    text = json.dumps(resolved, indent=1, default=str)
-    write_whole(options.out / "run.json", text)
+    """What metrics are logged to beside metrics.jsonl; the first process does it."""
     loggers = []
-    if "tensorboard" in options.log_to:
+    if "tensorboard" in options.log_to and is_first_process():
         loggers.append(stack.enter_context(TensorBoardLogger(options.out / "tensorboard")))
-    if "wandb" in options.log_to:
-        loggers.append(stack.enter_context(WandbLogger(options.out, json.loads(text))))
+    if "wandb" in options.log_to and is_first_process():
+        loggers.append(stack.enter_context(WandbLogger(options.out, json.loads(resolved))))
     return loggers
 
 

@@ -30,6 +30,7 @@ from interp_jax.progress import advancing, note, working
 from interp_jax.report.pictures import frontier_picture
 from interp_jax.report.steering_page import comparison, steering_page
 from interp_jax.sae import Autoencoder, load_sae
+from interp_jax.sae.home import check_home
 from interp_jax.steering.contrast import from_pair
 from interp_jax.steering.decomposition import Decomposition, decompose
 from interp_jax.steering.edits import check_edits
@@ -212,7 +213,7 @@ def run_study(
         layer: The layer; the middle one when left out.
         site: The site.
         text: Ordinary text that the loss is measured on: `wikipedia`, a text file, a .jsonl file or a folder of such.
-        n_held_out: Tokens of it.
+        n_held_out: Tokens of it, at least 8 rows of 128.
         n_seeds: Rollouts of each prompt at each strength.
         max_new_tokens: Tokens of a rollout.
         temperature: Of the draws.
@@ -230,7 +231,7 @@ def run_study(
     )
     chosen.check(language_model)
     if sae is not None:
-        _check_home(sae, layer, site)
+        check_home(sae, layer, site)
     rows = _begun_rows(language_model, held_out)
     with working("Reading activations"):
         values = activations_of(language_model, rows.tolist(), site=site, layer=layer)
@@ -311,20 +312,8 @@ def _judge(words: str | None, positive: str | None) -> Vocabulary:
 
 def _decomposed(vector: SteeringVector, autoencoder: Autoencoder, folder: pathlib.Path) -> Decomposition:
     """The vector in the autoencoder's latents, which must be of the same site."""
-    _check_home(folder, vector.layer, vector.site)
+    check_home(folder, vector.layer, vector.site)
     return decompose(vector, autoencoder)
-
-
-def _check_home(folder: pathlib.Path, layer: int | None, site: str) -> None:
-    """Refuses an autoencoder that says it is of another site than the one that is steered; many do not say it."""
-    file = folder / "cfg.json"
-    facts = json.loads(file.read_text("utf-8")).get("metadata") if file.is_file() else None
-    said = re.fullmatch(r"(\w+)\.(\d+)", str((facts or {}).get("hook_name")))
-    if said and (said[1], int(said[2])) != (site, layer):
-        raise ValueError(
-            f"{folder} is an autoencoder of {said[1]} of layer {said[2]}, and {site} of layer {layer} is steered. "
-            f"Pass --site {said[1]} --layer {said[2]}, or another --sae."
-        )
 
 
 def _said(vector: SteeringVector) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import yaml
 import interp_jax as ij
 from interp_jax.activations import model_and_rows
 from interp_jax.activations.wikipedia import articles
-from interp_jax.sae import JumpReLUSAE, TopKSAE, load_sae
+from interp_jax.sae import JumpReLUSAE, ReLUSAE, TopKSAE, load_sae, save_sae
 from interp_jax.sae_command import TrainOptions, from_file, main
 
 pytestmark = [pytest.mark.demo, pytest.mark.caches]
@@ -151,6 +152,51 @@ def test_evaluate_and_convert(run, text, tmp_path, capsys):
     for name in ("l0", "fvu", "spliced", "kurtosis"):
         assert found[name] == pytest.approx(trained[name], rel=1e-3)
         assert name in printed
+
+
+def test_a_run_is_not_begun_over_another_and_a_refused_one_leaves_its_options(run, text, tmp_path):
+    options = (run / "run.json").read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds a run \(training, sae\). Go on with it by --resume"):
+        main(["train", *SMALL, "--k", "5", "--text", text, "--out", str(run)])
+    with pytest.raises(FileExistsError, match="holds a run"):
+        main(["sweep", *SMALL, "--k", "5", "--text", text, "--out", str(run), "--vary", "seed=0,1"])
+    with pytest.raises(ValueError, match="another configuration"):
+        main(["train", *SMALL, "--k", "5", "--text", text, "--out", str(run), "--learning-rate", "0.5", "--resume"])
+    assert (run / "run.json").read_bytes() == options
+
+
+def test_converting_keeps_names_and_what_is_there(run, tmp_path):
+    main(["convert", str(run / "sae"), str(tmp_path / "again")])
+    for name in ("model_name", "hook_name"):
+        said = [
+            json.loads((each / "cfg.json").read_text())["metadata"][name] for each in (run / "sae", tmp_path / "again")
+        ]
+        assert said[0] == said[1] != "unknown"
+    with pytest.raises(FileExistsError, match=r"holds an autoencoder, sae_weights.safetensors. Give a new folder"):
+        main(["convert", str(run / "sae"), str(tmp_path / "again"), "--layout", "sparsify"])
+    sae = JumpReLUSAE.random(6, 12, key=jax.random.key(0))
+    save_sae(sae, tmp_path / "jumprelu", model_name="m", hook_name="h")
+    main(["convert", str(tmp_path / "jumprelu"), str(tmp_path / "scope"), "--layout", "gemma_scope_2"])
+    assert json.loads((tmp_path / "scope" / "config.json").read_text())["model_name"] == "m"
+    np.testing.assert_allclose(load_sae(tmp_path / "scope").W_dec[...], sae.W_dec[...])
+    with pytest.raises(FileExistsError, match="of the layout saelens; give another folder"):
+        save_sae(TopKSAE.random(6, 12, 3, key=jax.random.key(0)), tmp_path / "jumprelu", layout="sparsify")
+
+
+def test_an_autoencoder_is_judged_where_it_is_from(run, text, tmp_path):
+    options = ["--model", "tiny", "--text", text, "--n-held-out", "512", "--context", "64"]
+    with pytest.raises(ValueError, match=r"of resid_post of layer 2, not of resid_post of layer 1. Pass --site"):
+        main(["evaluate", str(run / "sae"), *options, "--layer", "1"])
+    with pytest.raises(ValueError, match="expected at least 1 token"):
+        main(["evaluate", str(run / "sae"), "--model", "tiny", "--n-held-out", "0"])
+    transcoder = ReLUSAE.random(128, 256, key=jax.random.key(0))
+    save_sae(transcoder, tmp_path, model_name="m", hook_name="mlp_in.2")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(
+        json.dumps(config | {"architecture": "transcoder", "apply_b_dec_to_input": False})
+    )
+    with pytest.raises(ValueError, match="is a transcoder, and the command reads one site"):
+        main(["evaluate", str(tmp_path), *options, "--layer", "2", "--site", "mlp_in"])
 
 
 def test_options_come_from_yaml_and_toml_alike(tmp_path):

@@ -152,7 +152,7 @@ def test_a_dictionary_of_another_layer_is_refused(tmp_path, monkeypatch, capsys)
     save_saelens(sae, tmp_path / "sae", model_name="tiny-wikipedia", hook_name="resid_post.3")
     with pytest.raises(SystemExit):
         run(monkeypatch, *PAIR, "--model", "tiny", "--sae", tmp_path / "sae", "--layer", 1)
-    assert "an autoencoder of resid_post of layer 3, and resid_post of layer 1 is steered" in capsys.readouterr().err
+    assert "an autoencoder of resid_post of layer 3, not of resid_post of layer 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ class SparseAutoencoder(nnx.Module):
         Args:
             x: activations.
         """
+        _check_width("The activations have", x, "d_in", self.d_in)
         return affine(x, self.input_shift(), self.W_enc[...], self.parameter(self.encoder_bias))
 
     def input_shift(self) -> Float[Array, "d_in"]:
@@ -191,6 +192,7 @@ class SparseAutoencoder(nnx.Module):
         Args:
             codes: dense codes.
         """
+        _check_width("The codes have", codes, "d_sae", self.d_sae)
         return codes @ self.W_dec[...] + self.b_dec[...]
 
     def skipped(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"] | float:
@@ -321,6 +323,11 @@ def check_sizes(d_in: int, d_sae: int, d_out: int = 1) -> None:
     """Raises ValueError for sizes that no autoencoder can have."""
     if min(d_in, d_sae, d_out) < 1:
         raise ValueError(f"d_in is {d_in}, d_sae {d_sae} and d_out {d_out}; expected at least 1 each.")
+
+
+def _check_width(what: str, value: Array, name: str, width: int) -> None:
+    if value.shape[-1:] != (width,):
+        raise ValueError(f"{what} the shape {value.shape}; expected [..., {width}], the autoencoder's {name}.")
 
 
 def _check_shapes(reference: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

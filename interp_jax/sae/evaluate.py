@@ -86,7 +86,7 @@ def evaluate(sae: Autoencoder, batches: Iterable[Any]) -> Evaluation:
             target)` of `[batch, d_in]` and `[batch, d_out]`.
 
     Raises:
-        ValueError: if there are no rows, or a batch has another width than the SAE.
+        ValueError: if there are no rows, or a batch has another width than the SAE or holds what is not finite.
     """
     n_rows, n_typical = 0, 0
     cosine, norms, output_norms, output_squares, products = np.zeros(5)
@@ -148,6 +148,8 @@ def _checked(batch: Any, number: int, sae: Autoencoder) -> tuple[np.ndarray, np.
         if len(shape) != 2 or shape[1] != width:
             raise ValueError(f"batch {number} has shape {shape}; expected [batch, {width}], the SAE's {name}.")
     x, target = (np.asarray(part, np.float32) for part in (parts[0], parts[-1]))
+    if not (np.isfinite(x).all() and np.isfinite(target).all()):
+        raise ValueError(f"batch {number} holds NaN or infinity; leave such rows out.")
     if len(x) != len(target):
         raise ValueError(f"batch {number} has {len(x)} inputs and {len(target)} targets; expected one target an input.")
     return x, target

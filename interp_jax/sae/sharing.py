@@ -21,7 +21,7 @@ from interp_jax.sae.gemma_scope import (
 from interp_jax.sae.saelens import SAELENS_WEIGHTS, load_saelens, save_saelens
 from interp_jax.sae.sparsify import SPARSIFY_WEIGHTS, load_sparsify, save_sparsify
 
-__all__ = ["load_sae", "save_sae"]
+__all__ = ["files_of_weights", "load_sae", "save_sae"]
 
 _LAYOUT_OF = {
     SAELENS_WEIGHTS: "saelens",
@@ -52,7 +52,7 @@ def load_sae(path: str | os.PathLike[str]) -> SparseAutoencoder:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        there = [name for name in _LAYOUT_OF if (path / name).is_file()]
+        there = files_of_weights(path)
         if len(there) > 1:
             raise ValueError(f"{path} holds {' and '.join(there)}; give the path of the one to read.")
         if not there:
@@ -94,12 +94,25 @@ def save_sae(
     Raises:
         ValueError: if the layout is unknown, or has no place for such an autoencoder.
         TypeError: if a fact is missing, has no place, or is not JSON.
+        FileExistsError: if an autoencoder of another layout is there, whose config may have the same name.
         OSError: if a file cannot be written.
     """
     if layout not in _WRITERS:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(_WRITERS)}.")
+    others = [name for name in files_of_weights(path) if _LAYOUT_OF[name] != layout]
+    if others:
+        raise FileExistsError(f"{path} holds {others[0]}, of the layout {_LAYOUT_OF[others[0]]}; give another folder.")
     writer: Any = _WRITERS[layout]
     return writer(sae, path, **facts)
+
+
+def files_of_weights(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of the weights of the known layouts that are in a folder.
+
+    Args:
+        folder: it need not be there.
+    """
+    return [name for name in _LAYOUT_OF if (pathlib.Path(folder) / name).is_file()]
 
 
 def _known_files() -> str:

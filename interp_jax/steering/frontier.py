@@ -68,7 +68,7 @@ def frontier(
         One point a strength, in the given order.
 
     Raises:
-        ValueError: if there are not as many strengths in all of them, or one holds nothing.
+        ValueError: if there are not as many strengths in all of them, one holds nothing, or a loss is no number.
     """
     shapes = successes.shape, losses.shape
     if any(len(shape) != 2 or shape[0] != len(coefficients) or not all(shape) for shape in shapes):
@@ -76,6 +76,9 @@ def frontier(
             f"successes has shape {shapes[0]} and losses {shapes[1]} for {len(coefficients)} coefficients; expected "
             "for each coefficient a row of at least one rollout, and of at least one row of text."
         )
+    wrong = [c for c, of in zip(coefficients, losses, strict=True) if not np.isfinite(of).all()]
+    if wrong:
+        raise ValueError(f"The losses of the coefficients {wrong} are not all finite: leave these out.")
     share, loss = successes.mean(axis=1), losses.mean(axis=1)
     on_frontier = is_pareto(share, loss)
     intervals = [

@@ -179,6 +179,14 @@ def test_bad_inputs():
         evaluate(sae, [])
     with pytest.raises(ValueError, match=r"batch 1 has shape \(4, 7\); expected \[batch, 6\], the SAE's d_in"):
         evaluate(sae, [np.zeros((4, 6)), np.zeros((4, 7))])
+    with pytest.raises(ValueError, match="batch 0 holds NaN or infinity"):
+        evaluate(sae, [np.full((4, 6), np.nan)])
+    with pytest.raises(
+        ValueError, match=r"activations have the shape \(4, 1\); expected \[..., 6\], the autoencoder's d_in"
+    ):
+        sae(jnp.zeros((4, 1)))
+    with pytest.raises(ValueError, match=r"codes have the shape \(4, 6\); expected"):
+        sae.decode(jnp.zeros((4, 6)))
     transcoder = TopKSAE.random(D_IN, D_SAE, 3, key=jax.random.key(0), d_out=D_OUT)
     with pytest.raises(ValueError, match=r"batch 0 is a ndarray; expected a pair .* from width 6 to 9"):
         evaluate(transcoder, [np.zeros((4, 6))])

@@ -182,6 +182,8 @@ def test_bad_input(language_model):
         frontier("one", (0.0, 1.0, 2.0), np.ones((2, 3), bool), np.ones((2, 4)))
     with pytest.raises(ValueError, match="at least one rollout"):
         frontier("one", (0.0,), np.ones((1, 0), bool), np.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"losses of the coefficients \[2.0\] are not all finite"):
+        frontier("one", (0.0, 2.0), np.ones((2, 3), bool), np.array([[1.0, 1.0], [1.0, np.nan]]))
     with pytest.raises(ValueError, match="nothing to sample"):
         roll_out(language_model, [], vector, coefficients=(1.0,), n_seeds=3, key=jax.random.key(0))
     with pytest.raises(ValueError, match="outside the prompt, which has 3 tokens"):
