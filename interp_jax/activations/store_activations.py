@@ -38,7 +38,7 @@ def store_activations(
 ) -> ActivationStore:
     """Activations at one site, but those of each row's first position, in the order of the rows; with progress.
 
-    They are stored in the dtype that the model computes in.
+    They are stored in float32, or in the narrower dtype that the model computes in.
 
     Args:
         model: the model.
@@ -127,7 +127,8 @@ def _stored(
     rows = rows[: n_all * batch_rows]
     tokens_sha256 = hashlib.sha256(np.ascontiguousarray(rows, "<i4").data).hexdigest()
     widths = {site: math.prod(known[site].shape[2:]) for site in places}
-    dtypes = {site: jnp.dtype(known[site].dtype) for site in places}
+    wide = jnp.dtype(jnp.float32)
+    dtypes = {site: min(wide, jnp.dtype(known[site].dtype), key=lambda dtype: dtype.itemsize) for site in places}
     stores = {}
     for (layer, name), place in places.items():
         provenance = {
