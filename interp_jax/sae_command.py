@@ -603,6 +603,9 @@ def _values(one: str) -> tuple[str, list[Any]]:
     if not is_there or name not in types:
         raise ValueError(f"--vary {one!r}: expected NAME=VALUE,VALUE with a name of {', '.join(types)}.")
     try:
-        return name, [types[name](value) for value in values.split(",")]
+        found = [types[name](value) for value in values.split(",")]
     except ValueError:
         raise ValueError(f"--vary {one!r}: {values!r} are not all {types[name].__name__}s.") from None
+    if len(set(found)) < len(found):
+        raise ValueError(f"--vary {one!r} names a value twice.")
+    return name, found

@@ -296,5 +296,7 @@ def test_a_site_that_is_not_there_and_a_store_of_another_text_are_told(run, text
 def test_a_sweep_over_something_else_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match="expected NAME=VALUE,VALUE with a name of learning_rate"):
         main(["sweep", *SMALL, "--text", text, "--out", str(tmp_path / "run"), "--vary", "d_sae=1,2"])
+    with pytest.raises(ValueError, match="names a value twice"):
+        main(["sweep", *SMALL, "--text", text, "--out", str(tmp_path / "run"), "--vary", "seed=1,2,1"])
     with pytest.raises(ValueError, match="are not all floats"):
         main(["sweep", *SMALL, "--text", text, "--out", str(tmp_path / "run"), "--vary", "learning_rate=1e-3,x"])

@@ -48,7 +48,7 @@ def steered_losses(
         For each strength and row the mean over the predictions of tokens `n_prompt + 1` and later, in nats a token.
 
     Raises:
-        ValueError: if rows have no token to predict after the prompt, or as for `steer`.
+        ValueError: if rows have no token to predict after the prompt, an id is no token, or as for `steer`.
         FloatingPointError: if a loss is not finite, which a too large coefficient brings about.
     """
     strengths = finite_coefficients(coefficients)
@@ -58,6 +58,9 @@ def steered_losses(
             f"{rows} rows of {context} tokens have nothing to predict after a prompt of {n_prompt}; give at least one "
             f"row of {n_prompt + 2} tokens."
         )
+    low, high = tokens.min(), tokens.max()
+    if low < 0 or high >= language_model.vocab_size:
+        raise ValueError(f"Ids run from {low} to {high}; the model's tokens are 0 to {language_model.vocab_size - 1}.")
     checked = check_edits(edits, language_model, [n_prompt])
     check_strengths(checked, strengths, language_model)
     found = []

@@ -169,6 +169,10 @@ def test_bad_input(language_model):
     tokens, vector = np.ones((2, 8), np.int32), SteeringVector(DIRECTION, 1)
     with pytest.raises(ValueError, match="nothing to predict after a prompt of 7"):
         steered_losses(language_model, tokens, vector, coefficients=(1.0,), n_prompt=7)
+    with pytest.raises(ValueError, match=r"Ids run from 1 to 10000; the model's tokens are 0 to \d+\."):
+        steered_losses(
+            language_model, np.where(np.arange(8) < 7, tokens, 10_000), vector, coefficients=(1.0,), n_prompt=2
+        )
     with pytest.raises(FloatingPointError, match=r"coefficient 3e\+38"):
         steered_losses(language_model, tokens, SteeringVector(DIRECTION, 0), coefficients=(3e38,), n_prompt=2)
     # The square of what is added overflows, so the norm makes nothing of everything: a loss that is finite, and wrong.
