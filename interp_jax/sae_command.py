@@ -84,7 +84,7 @@ class TrainOptions(TrainConfig):
     model: str = "smollm2"
     """`tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the model's weights and activations. bfloat16 takes half the memory and disk, and mostly less time."""
+    """Of the model's weights and activations; bfloat16 is half as large and mostly faster."""
     layer: int | None = None
     """The layer; the middle one when left out."""
     site: str = "resid_post"
@@ -133,7 +133,7 @@ class EvaluateOptions:
     model: str = "smollm2"
     """`tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the model's weights and activations. bfloat16 takes half the memory and disk, and mostly less time."""
+    """Of the model's weights and activations; bfloat16 is half as large and mostly faster."""
     layer: int | None = None
     """The layer; when left out that which the autoencoder's folder names, else the middle one."""
     site: str = "resid_post"
@@ -305,7 +305,7 @@ def run_train(options: TrainOptions, *, resume: bool, processes: Processes = ALO
         processes: those that train together.
     """
     options.config_for(1)  # whatever its options have wrong is told before the model is loaded
-    _check_room(options.out, resume)
+    _check_no_run(options.out, resume)
     mesh = _devices(options, processes)
     model, layer, rows, held_out = _prepared(options)
     store, among, keep_above = first_before_others(lambda: _store(options, model, layer, rows))
@@ -317,7 +317,7 @@ def run_train(options: TrainOptions, *, resume: bool, processes: Processes = ALO
             config,
             batches,
             mesh=mesh,
-            on_step=_shown(stack, "Training", config.n_steps, options.out, resolved),
+            on_step=_recorded(options.out, resolved, _shown(stack, "Training", config.n_steps)),
             checkpoint_dir=options.out / "training",
             resume=resume,
             loggers=_loggers(options, resolved, stack),
@@ -345,7 +345,7 @@ def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool, proce
     variants = [dataclasses.replace(options, **values) for values in combinations]
     for one in variants:
         one.config_for(1)  # whatever its options have wrong is told before the model is loaded
-    _check_room(options.out, resume)
+    _check_no_run(options.out, resume)
     mesh = _devices(options, processes)
     model, layer, rows, held_out = _prepared(options)
     store, among, keep_above = first_before_others(lambda: _store(options, model, layer, rows))
@@ -356,7 +356,9 @@ def run_sweep(options: TrainOptions, vary: Sequence[str], *, resume: bool, proce
             configs,
             _batches(stack, options, store, among, mesh),
             mesh=mesh,
-            on_step=_shown(stack, f"Training {len(configs)} autoencoders", options.n_steps, options.out, resolved),
+            on_step=_recorded(
+                options.out, resolved, _shown(stack, f"Training {len(configs)} autoencoders", options.n_steps)
+            ),
             checkpoint_dir=options.out / "training",
             resume=resume,
             loggers=_loggers(options, resolved, stack),
@@ -382,8 +384,7 @@ def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
     _check_held_out(options.n_held_out)
     sae, home = load_sae(path), home_of(path)
     layer = home.layer if options.layer is None and home.site == options.site else options.layer
-    if layer is not None:
-        check_home(path, layer, options.site)
+    check_home(path, layer, options.site)
     if sae.W_skip is not None or sae.d_in != sae.d_out or is_transcoder(path):
         raise ValueError(
             f"{path} is a transcoder, and the command reads one site: judge it by "
@@ -398,13 +399,12 @@ def run_evaluate(path: pathlib.Path, options: EvaluateOptions) -> None:
         n_held_out=options.n_held_out,
         dtype=options.model_dtype,
     )
-    check_home(path, layer, options.site)
     found = _judged(sae, model, options.site, layer, held_out, float("inf"))
     if options.out is not None:
         write_whole(options.out, json.dumps(found, indent=1).encode())
 
 
-def _check_room(out: pathlib.Path, resume: bool) -> None:
+def _check_no_run(out: pathlib.Path, resume: bool) -> None:
     """Refuses to begin a run over another one; activations that are there are of use to a new one."""
     there = [name for name in ("training", "sae", "run_000") if (out / name).is_dir()]
     if there and not resume:
@@ -490,13 +490,22 @@ def _batches(
     return stack.enter_context(PrefetchedSteps(lambda step: batches(step)[own], depth))
 
 
-def _shown(
-    stack: contextlib.ExitStack, description: str, n_steps: int, out: pathlib.Path, resolved: str
-) -> Callable[[int, Any], None]:
-    """Shows steps as they are done, with their metrics.
+def _recorded(out: pathlib.Path, resolved: str, on_step: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
+    """The same, which with the first step writes the options: a run that is refused leaves those that are there."""
+    is_written = not is_first_process()
 
-    With the first one, when nothing has been refused, it writes the options as they were resolved.
-    """
+    def record(done: int, metrics: Any) -> None:
+        nonlocal is_written
+        if not is_written:
+            write_whole(out / "run.json", resolved)
+            is_written = True
+        on_step(done, metrics)
+
+    return record
+
+
+def _shown(stack: contextlib.ExitStack, description: str, n_steps: int) -> Callable[[int, Any], None]:
+    """Shows steps as they are done, with their metrics."""
     advance = stack.enter_context(advancing(description, n_steps, unit="steps"))
     is_begun = False
 
@@ -505,8 +514,6 @@ def _shown(
         if not is_begun:
             advance.start_at(done - 1)
             is_begun = True
-            if is_first_process():
-                write_whole(out / "run.json", resolved)
         advance(1, _in_words(metrics if isinstance(metrics, list) else [metrics]))
 
     return on_step
@@ -536,9 +543,11 @@ def _loggers(
 ) -> list[TensorBoardLogger | WandbLogger]:
     """What metrics are logged to beside metrics.jsonl; the first process does it."""
     loggers = []
-    if "tensorboard" in options.log_to and is_first_process():
+    if not is_first_process():
+        return loggers
+    if "tensorboard" in options.log_to:
         loggers.append(stack.enter_context(TensorBoardLogger(options.out / "tensorboard")))
-    if "wandb" in options.log_to and is_first_process():
+    if "wandb" in options.log_to:
         loggers.append(stack.enter_context(WandbLogger(options.out, json.loads(resolved))))
     return loggers
 

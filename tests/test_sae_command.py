@@ -178,7 +178,10 @@ def test_converting_keeps_names_and_what_is_there(run, tmp_path):
     save_sae(sae, tmp_path / "jumprelu", model_name="m", hook_name="h")
     main(["convert", str(tmp_path / "jumprelu"), str(tmp_path / "scope"), "--layout", "gemma_scope_2"])
     assert json.loads((tmp_path / "scope" / "config.json").read_text())["model_name"] == "m"
-    np.testing.assert_allclose(load_sae(tmp_path / "scope").W_dec[...], sae.W_dec[...])
+    np.testing.assert_array_equal(load_sae(tmp_path / "scope").W_dec[...], sae.W_dec[...])
+    main(["convert", str(tmp_path / "scope"), str(tmp_path / "back")])
+    about = json.loads((tmp_path / "back" / "cfg.json").read_text())["metadata"]
+    assert (about["model_name"], about["hook_name"]) == ("m", "h")
     with pytest.raises(FileExistsError, match="of the layout saelens; give another folder"):
         save_sae(TopKSAE.random(6, 12, 3, key=jax.random.key(0)), tmp_path / "jumprelu", layout="sparsify")
 

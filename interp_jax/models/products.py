@@ -86,9 +86,10 @@ def _product_in_bfloat16(subscripts: str, x: Array, y: Array) -> Array:
 
 def _derivative(subscripts: str, primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
     (x, y), (dx, dy) = primals, tangents
-    parts = [(dx, y), (x, dy)]
+    parts = [(dx, y), (x, dy)]  # one of them at least is there, or JAX would not ask
     parts = [part for part in parts if not any(isinstance(each, SymbolicZero) for each in part)]
-    return _product_in_bfloat16(subscripts, x, y), sum(jnp.einsum(subscripts, *part) for part in parts)
+    first, *rest = (jnp.einsum(subscripts, *part) for part in parts)
+    return _product_in_bfloat16(subscripts, x, y), sum(rest, first)
 
 
 _product_in_bfloat16.defjvp(_derivative, symbolic_zeros=True)

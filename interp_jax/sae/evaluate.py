@@ -147,9 +147,10 @@ def _checked(batch: Any, number: int, sae: Autoencoder) -> tuple[np.ndarray, np.
         shape = np.shape(part)
         if len(shape) != 2 or shape[1] != width:
             raise ValueError(f"batch {number} has shape {shape}; expected [batch, {width}], the SAE's {name}.")
-    x, target = (np.asarray(part, np.float32) for part in (parts[0], parts[-1]))
-    if not (np.isfinite(x).all() and np.isfinite(target).all()):
+    parts = [np.asarray(part, np.float32) for part in parts]
+    if not all(np.isfinite(part).all() for part in parts):
         raise ValueError(f"batch {number} holds NaN or infinity; leave such rows out.")
+    x, target = parts[0], parts[-1]
     if len(x) != len(target):
         raise ValueError(f"batch {number} has {len(x)} inputs and {len(target)} targets; expected one target an input.")
     return x, target

@@ -1,12 +1,15 @@
 """Which model and site an autoencoder is of, as far as its folder says so; many do not."""
 
-import json
 import os
 import pathlib
 import re
 from typing import Any, NamedTuple
 
+from interp_jax.sae.weights_files import read_config
+
 __all__ = ["Home", "check_home", "home_of", "is_transcoder"]
+
+_INPUT, _OUTPUT = "hf_hook_point_in", "hf_hook_point_out"  # Gemma Scope 2's names of the sites
 
 
 class Home(NamedTuple):
@@ -27,10 +30,12 @@ def home_of(path: str | os.PathLike[str]) -> Home:
     Args:
         path: the folder, or the file of weights in it.
     """
-    about = _config(path).get("metadata")
+    config = _config(path)
+    about = config.get("metadata")
     about = about if isinstance(about, dict) else {}
-    model_name, hook_name = (about.get(name) if about.get(name) != "unknown" else None for name in _NAMES)
-    said = re.fullmatch(r"(\w+)\.(\d+)", str(hook_name))
+    given = about.get("model_name", config.get("model_name")), about.get("hook_name", config.get(_INPUT))
+    model_name, hook_name = (name if isinstance(name, str) and name != "unknown" else None for name in given)
+    said = re.fullmatch(r"(\w+)\.(\d+)", hook_name or "")
     return Home(model_name, hook_name, *((said[1], int(said[2])) if said else (None, None)))
 
 
@@ -41,7 +46,9 @@ def is_transcoder(path: str | os.PathLike[str]) -> bool:
         path: the folder, or the file of weights in it.
     """
     config = _config(path)
-    return "transcoder" in str(config.get("architecture")) or config.get("transcode") is True
+    if "transcoder" in str(config.get("architecture")) or config.get("transcode") is True:
+        return True
+    return config.get(_OUTPUT) not in (None, config.get(_INPUT))
 
 
 def check_home(path: str | os.PathLike[str], layer: int | None, site: str) -> None:
@@ -57,19 +64,15 @@ def check_home(path: str | os.PathLike[str], layer: int | None, site: str) -> No
     """
     home = home_of(path)
     if home.site is not None and (home.site, home.layer) != (site, layer):
+        other = site if layer is None else f"{site} of layer {layer}"
         raise ValueError(
-            f"{path} is an autoencoder of {home.site} of layer {home.layer}, not of {site} of layer {layer}. "
+            f"{path} is an autoencoder of {home.site} of layer {home.layer}, not of {other}. "
             f"Pass --site {home.site} --layer {home.layer}, or another autoencoder."
         )
 
 
-_NAMES = ("model_name", "hook_name")
-
-
 def _config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """That of SAELens or sparsify, or that of Gemma Scope 2."""
     path = pathlib.Path(path)
-    file = (path if path.is_dir() else path.parent) / "cfg.json"
-    if not file.is_file():
-        return {}
-    found = json.loads(file.read_text("utf-8"))
-    return found if isinstance(found, dict) else {}
+    files = [(path if path.is_dir() else path.parent) / name for name in ("cfg.json", "config.json")]
+    return next((read_config(file) for file in files if file.is_file()), {})

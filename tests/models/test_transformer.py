@@ -355,6 +355,19 @@ def test_a_token_outside_the_vocabulary_gives_nan_and_not_another_tokens_logits(
     assert jnp.isfinite(logits[1]).all()
 
 
+def test_minus_one_is_no_token_either_but_may_stand_where_there_is_padding():
+    model, tokens = random_model(LLAMA), random_tokens(LLAMA)
+    is_token = jnp.ones_like(tokens, bool).at[0, 0].set(False)
+    padded = tokens.at[0, 0].set(-1)
+    assert jnp.isnan(logits_of(model, padded)[0]).all()
+    for way in (lambda f: f, jax.jit):
+        found = way(lambda tokens: model(tokens, is_token=is_token))(padded)
+        np.testing.assert_array_equal(
+            found, way(lambda tokens: model(tokens, is_token=is_token))(tokens.at[0, 0].set(0))
+        )
+        assert jnp.isfinite(found).all()
+
+
 def test_a_token_outside_the_vocabulary_is_told_where_it_can_be_seen():
     for outside in (LLAMA.vocab_size, -1):
         tokens = random_tokens(LLAMA).at[1, 3].set(outside)
