@@ -19,6 +19,7 @@ from interp_jax.attribution.atp import atp
 from interp_jax.attribution.atp_star import atp_star
 from interp_jax.attribution.nodes import Effects, Nodes
 from interp_jax.attribution.prompt_pair import PromptPair, prompt_pair
+from interp_jax.models import ModelDtype
 from interp_jax.models.known import load
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.progress import advancing, working
@@ -42,6 +43,7 @@ def run(
     wrong: str | None,
     align: str | None,
     model_name: str,
+    model_dtype: ModelDtype,
     method: Method,
     site: str,
     by: tuple[str, ...] | None,
@@ -58,6 +60,7 @@ def run(
         wrong: the token that it is compared with; None measures the answer's log-probability.
         align: what is put before the shorter prompt.
         model_name: what `interp_jax.load` takes.
+        model_dtype: of its weights and activations.
         method: how effects are found.
         site: the site.
         by: the axes that tell nodes apart; None is by head for sites that have heads, by position for the others.
@@ -69,7 +72,7 @@ def run(
         ValueError: for prompts, answers, a site or axes that do not fit, before anything long.
     """
     with working(f"Loading {model_name}"):
-        model = load(model_name)
+        model = load(model_name, dtype=model_dtype)
     pair = prompt_pair(model, clean, corrupted, answer=answer, wrong=wrong, align=align)
     nodes = Nodes(site, by=by or ("head" if site in _HEADS else "position"))
     effects = _effects(model, pair, nodes, method, direction)
@@ -79,6 +82,7 @@ def run(
     ranked = [(row.label, row.effect) for row in effects.ranked(n_ranked)]
     setting = {
         "model": model.name,
+        "model_dtype": model_dtype,
         "method": method,
         "site": site,
         "question": _question(method, direction),

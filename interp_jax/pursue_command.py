@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from interp_jax.activations.model_and_rows import BATCH_ROWS, model_and_rows
 from interp_jax.activations.splice import SINK_NORM, splice
 from interp_jax.activations.stream import stream_activations
+from interp_jax.models import ModelDtype
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_losses
 from interp_jax.progress import advancing
@@ -48,6 +49,7 @@ def run(
     paths: list[pathlib.Path],
     *,
     model_name: str,
+    model_dtype: ModelDtype,
     layer: int | None,
     site: str,
     text: str,
@@ -61,6 +63,7 @@ def run(
     Args:
         paths: folders of autoencoders, of any layout that `load_sae` knows.
         model_name: what `interp_jax.load` takes.
+        model_dtype: of its weights and activations.
         layer: the layer; None is the middle one.
         site: the site.
         text: what `documents_of` takes.
@@ -70,9 +73,13 @@ def run(
         out: the folder to write to.
 
     Raises:
-        ValueError: before anything long, for a transcoder, an l0 above a dictionary's size, or autoencoders of another
-            width than the site.
+        ValueError: before anything long, for no path, a transcoder, an l0 below 1 or above a dictionary's size, or
+            autoencoders of another width than the site.
     """
+    if not paths:
+        raise ValueError("Name the folder of one autoencoder or more; `interp-jax sae train` makes one.")
+    if not l0s or min(l0s) < 1:
+        raise ValueError(f"--l0 {' '.join(map(str, l0s))}: expected numbers of latents a token, 1 or more each.")
     paths = [path.resolve() for path in paths]
     saes = {path.parent.name if path.name == "sae" else path.name: load_sae(path) for path in paths}
     if len(saes) < len(paths):
@@ -81,7 +88,9 @@ def run(
         PursuitEncoder(sae, 1).check()
         if max(l0s) > sae.d_sae:
             raise ValueError(f"{name} has {sae.d_sae} latents, fewer than the l0 of {max(l0s)} that is asked for.")
-    model, layer, _, rows = model_and_rows(model_name, layer, text, context=context, n_tokens=0, n_held_out=n_held_out)
+    model, layer, _, rows = model_and_rows(
+        model_name, layer, text, context=context, n_tokens=0, n_held_out=n_held_out, dtype=model_dtype
+    )
     values, activations, keep_above = _activations(model, rows, site, layer)
     wrong = [f"{name} ({sae.d_in})" for name, sae in saes.items() if sae.d_in != activations[0].shape[1]]
     if wrong:
@@ -96,7 +105,8 @@ def run(
     ways = [*_ways(saes, random, l0s)]
     points: list[CodingPoint] = []
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"model": model_name, "layer": layer, "site": site, "text": text, "tokens": rows.size}
+    settings: dict[str, Any] = {"model": model_name, "model_dtype": model_dtype, "layer": layer, "site": site}
+    settings |= {"text": text, "tokens": rows.size}
     width = max(len(f"{dictionary}: {way}") for dictionary, way, _ in ways)
     with advancing("Splicing on held-out text", (len(ways) + 2) * rows.size) as advance:
         measure = functools.partial(_mean_loss, model, rows, values, _spliced(model, site, layer, keep_above), advance)

@@ -41,6 +41,7 @@ from interp_jax.activations.splice_losses import N_PASSES, splice_losses
 from interp_jax.activations.store import ActivationStore
 from interp_jax.activations.store_activations import store_activations
 from interp_jax.activations.stream import stream_activations
+from interp_jax.models import ModelDtype
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.progress import advancing, silence
 from interp_jax.sae import (
@@ -83,7 +84,7 @@ class TrainOptions(TrainConfig):
     """Training steps, one batch each."""
     model: str = "smollm2"
     """`tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file."""
-    model_dtype: Literal["float32", "bfloat16"] = "float32"
+    model_dtype: ModelDtype = "float32"
     """Of the model's weights and activations; bfloat16 is half as large and mostly faster."""
     layer: int | None = None
     """The layer; the middle one when left out."""
@@ -132,7 +133,7 @@ class EvaluateOptions:
 
     model: str = "smollm2"
     """`tiny`, `smollm2`, `gemma3`, or the path of a Hugging Face directory or of a GGUF file."""
-    model_dtype: Literal["float32", "bfloat16"] = "float32"
+    model_dtype: ModelDtype = "float32"
     """Of the model's weights and activations; bfloat16 is half as large and mostly faster."""
     layer: int | None = None
     """The layer; when left out that which the autoencoder's folder names, else the middle one."""

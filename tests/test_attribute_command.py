@@ -57,6 +57,20 @@ def test_heads_and_denoising_by_atp(tmp_path, monkeypatch):
     assert "log-probability of &#39; United&#39;" in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.caches
+def test_the_model_in_bfloat16(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--answer", " United", "--method", "atp", "--model-dtype", "bfloat16", "--out", str(tmp_path))
+    found = json.loads((tmp_path / "attribution.json").read_text())
+    narrow, wide = (load_tiny(dtype=dtype) for dtype in ("bfloat16", "float32"))
+    expected, exact = (
+        atp(m, prompt_pair(m, CLEAN, CORRUPTED, answer=" United"), Nodes("resid_post")) for m in (narrow, wide)
+    )
+    np.testing.assert_allclose(found["effects"], expected.grid("resid_post"), atol=1e-5)
+    error = np.abs(expected.grid("resid_post") - exact.grid("resid_post"))
+    assert 0 < error.max() < 0.05 * np.abs(exact.grid("resid_post")).max()
+    assert "tiny-wikipedia in bfloat16</h1>" in (tmp_path / "index.html").read_text()
+
+
 def test_a_users_mistake_is_one_message(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--answer", "United", "--out", str(tmp_path))

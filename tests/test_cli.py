@@ -48,6 +48,8 @@ def test_generate_continues_each_prompt():
     expected = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     assert result.stdout == "\n".join(expected) + "\n"
     assert "Loading tiny" in result.stderr
+    error = run("generate", "--model", "tiny", expect=1).stderr
+    assert error == "ValueError: Give one prompt or more to continue.\n"
     error = run("generate", "", "--model", "tiny", expect=1).stderr.splitlines()[-1]
     assert error.startswith("ValueError: The prompt '' has no token to continue from")
 

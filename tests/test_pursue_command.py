@@ -60,18 +60,23 @@ def test_what_was_measured_is_kept_when_the_command_is_interrupted(folder, tmp_p
     pursue_evaluate = pursue_command.evaluate
     monkeypatch.setattr(pursue_command, "evaluate", evaluate)
     monkeypatch.setattr("sys.argv", [*f"interp-jax pursue {folder} --model tiny --n-held-out 512".split(),
-                                     *f"--context 64 --l0 2 --layer 2 --out {tmp_path / 'out'}".split()])  # fmt: skip
+                                     *["--model-dtype", "bfloat16", "--context", "64", "--l0", "2", "--layer", "2"],
+                                     "--out", str(tmp_path / "out")])  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130
     found = json.loads((tmp_path / "out" / "pursue.json").read_text())
     assert [point["way"] for point in found["points"]] == ["encoder", "encoder's largest"]
+    model, _, _, rows = model_and_rows("tiny", 2, "wikipedia", context=64, n_tokens=0, n_held_out=512, dtype="bfloat16")
+    by_hand = splice_losses(model, rows, load_sae(folder), site="resid_post", layer=2, batch_size=8)
+    assert found["loss_clean"] == pytest.approx(by_hand.clean, abs=1e-4)
     assert ": encoder's largest" in capsys.readouterr().out
 
 
 def test_what_cannot_be_pursued_is_told_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pursue_command, "model_and_rows", lambda *_, **__: pytest.fail("the model was loaded"))
     options = {
+        "model_dtype": "float32",
         "layer": None,
         "site": "resid_post",
         "text": "wikipedia",
@@ -79,6 +84,10 @@ def test_what_cannot_be_pursued_is_told_before_the_model_is_loaded(folder, tmp_p
         "context": 32,
         "out": tmp_path,
     }
+    with pytest.raises(ValueError, match="one autoencoder or more"):
+        pursue_command.run([], model_name="tiny", l0s=(4,), **options)
+    with pytest.raises(ValueError, match="--l0 4 0: expected numbers of latents"):
+        pursue_command.run([folder], model_name="tiny", l0s=(4, 0), **options)
     with pytest.raises(ValueError, match="has 96 latents, fewer than the l0 of 97"):
         pursue_command.run([folder], model_name="tiny", l0s=(4, 97), **options)
     transcoder = ReLUSAE.random(128, 96, key=jax.random.key(0), d_out=32)

@@ -108,6 +108,12 @@ def test_a_prompt_beside_itself(tmp_path, monkeypatch, capsys):
         "--max-new-tokens", 8,
     )  # fmt: skip
     assert f"--- 3 times\nThe city of{expected[1].text}" in capsys.readouterr().out
+    narrow = steer(load_tiny(dtype="bfloat16"), "The city of", vector, coefficients=(3.0,), max_new_tokens=8)
+    run(
+        monkeypatch, "The city of", "--vector", tmp_path / "v.safetensors", "--model", "tiny", "--coefficient", 3,
+        "--max-new-tokens", 8, "--model-dtype", "bfloat16",
+    )  # fmt: skip
+    assert f"--- 3 times\nThe city of{narrow[0].text}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -181,7 +187,7 @@ def test_a_page_escapes_what_a_model_writes():
     evil = "<script>alert(1)</script> & the river"
     point = FrontierPoint("<i>way</i>", 1.0, 0.5, (0.2, 0.8), 3.0, (2.9, 3.1), True)
     page = steering_page(
-        evil, setting={"model": "m<b>", "site": "resid_post", "layer": 1},
+        evil, setting={"model": "m<b>", "model_dtype": "float32", "site": "resid_post", "layer": 1},
         comparisons=[comparison("<h1>t", "p<br>", [(0.0, evil), (2.0, evil)], Vocabulary.of(["river"]).pattern)],
         points=[point],
     )  # fmt: skip

@@ -18,12 +18,13 @@ def heat_map(values=VALUES, columns=("<b>The", "$x_1$", "·city → ·war")):
 
 def test_all_text_is_escaped_and_nothing_is_asked_for():
     setting = {
-        "model": "<script>", "method": "atp", "site": "resid_post", "question": "Each <u>.", "metric": "logit of '<'",
-        "clean": 1.5, "corrupted": -0.5, "tokens": [("<a", "<a"), ("·city", "·war")],
+        "model": "<script>", "model_dtype": "bfloat16", "method": "atp", "site": "resid_post", "question": "Each <u>.",
+        "metric": "logit of '<'", "clean": 1.5, "corrupted": -0.5, "tokens": [("<a", "<a"), ("·city", "·war")],
     }  # fmt: skip
     page = attribution_page(setting=setting, ranked=[("L0 <img src=x>", -4.0)], heat_maps=[heat_map()])
     for raw in ("<script", "<b>The", "<em>", "<u>", "<img", "<a<"):
         assert raw not in page
+    assert "of &lt;script&gt; in bfloat16</h1>" in page
     assert "&lt;script&gt;" in page
     assert "://" not in page
     assert page.count('class="token differs"') == 2

@@ -15,7 +15,7 @@ def test_tokens_and_names_are_escaped_and_shared_latents_marked():
         CodingPoint("<b>$x$", "encoder", 8.0, 0.4, 3.1, 0.95),
     ]
     codes = np.array([[0.0, 1.0, 2.0]])
-    setting = {"model": "<i>", "site": "resid_post", "layer": 2, "text": "t", "tokens": 1024}
+    setting = {"model": "<i>", "model_dtype": "bfloat16", "site": "resid_post", "layer": 2, "text": "t", "tokens": 1024}
     page = pursuit_page(setting=setting, clean=3.0, zero=9.0, points=points, encoded=codes, pursued=codes[:, ::-1],
                         latents=[7], first="<u>", k=4, texts=[[token]])  # fmt: skip
     assert page.count('<svg class="picture"') == 2
