@@ -17,7 +17,7 @@ import numpy as np
 from interp_jax.attribution.activation_patching import Direction, Patching
 from interp_jax.attribution.atp import atp
 from interp_jax.attribution.atp_star import atp_star
-from interp_jax.attribution.nodes import Effects, Nodes
+from interp_jax.attribution.nodes import Effects, Nodes, resolve
 from interp_jax.attribution.prompt_pair import PromptPair, prompt_pair
 from interp_jax.models import ModelDtype
 from interp_jax.models.known import load
@@ -25,7 +25,7 @@ from interp_jax.models.language_model import LanguageModel
 from interp_jax.progress import advancing, working
 from interp_jax.report.attribution_page import attribution_page
 from interp_jax.report.heat_map import HeatMap, heat_map_picture
-from interp_jax.whole_file import write_whole
+from interp_jax.whole_file import make_folder, write_whole
 
 __all__ = ["Method", "run"]
 
@@ -70,11 +70,16 @@ def run(
 
     Raises:
         ValueError: for prompts, answers, a site or axes that do not fit, before anything long.
+        OSError: before anything long, if nothing can be written to the folder.
     """
+    if n_ranked < 1:
+        raise ValueError(f"--top {n_ranked} lists nothing; give 1 or more.")
     with working(f"Loading {model_name}"):
         model = load(model_name, dtype=model_dtype)
     pair = prompt_pair(model, clean, corrupted, answer=answer, wrong=wrong, align=align)
     nodes = Nodes(site, by=by or ("head" if site in _HEADS else "position"))
+    resolve(model, nodes, pair.seq)
+    make_folder(out)
     effects = _effects(model, pair, nodes, method, direction)
     print(effects.table(n_ranked))
     print(f"The metric is {effects.clean:.4f} on the clean prompt and {effects.corrupted:.4f} on the corrupted one.")
@@ -91,6 +96,8 @@ def run(
         "corrupted": effects.corrupted,
         "tokens": list(zip(pair.labels, pair.corrupted_labels, strict=True)),
     }
+    for old in out.glob("heat_map_*.png"):  # of a run by other axes
+        old.unlink()
     for heat_map in heat_maps:
         # A picture leaves its page, so it tells by itself what its numbers are.
         title = f"{heat_map.title}\n{model.name}, {method}, {direction}\nchange of the {setting['metric']}"

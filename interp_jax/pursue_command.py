@@ -35,7 +35,7 @@ from interp_jax.report.coding_point import CodingPoint
 from interp_jax.report.pictures import coding_frontier, on_white
 from interp_jax.report.pursuit_page import CodedToken, pursuit_page, side_by_side
 from interp_jax.sae import Autoencoder, ReLUSAE, SparseAutoencoder, evaluate, load_sae, loss_recovered
-from interp_jax.whole_file import write_whole
+from interp_jax.whole_file import make_folder, write_whole
 
 __all__ = ["run"]
 
@@ -88,6 +88,7 @@ def run(
         PursuitEncoder(sae, 1).check()
         if max(l0s) > sae.d_sae:
             raise ValueError(f"{name} has {sae.d_sae} latents, fewer than the l0 of {max(l0s)} that is asked for.")
+    make_folder(out)
     model, layer, _, rows = model_and_rows(
         model_name, layer, text, context=context, n_tokens=0, n_held_out=n_held_out, dtype=model_dtype
     )
@@ -104,7 +105,6 @@ def run(
 
     ways = [*_ways(saes, random, l0s)]
     points: list[CodingPoint] = []
-    out.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {"model": model_name, "model_dtype": model_dtype, "layer": layer, "site": site}
     settings |= {"text": text, "tokens": rows.size}
     width = max(len(f"{dictionary}: {way}") for dictionary, way, _ in ways)

@@ -43,7 +43,7 @@ from interp_jax.steering.steer import finite_coefficients, steer
 from interp_jax.steering.steering_vector import SteeringVector
 from interp_jax.steering.study import Concept, Method, MethodResult, Strengths, methods_of, run_method
 from interp_jax.steering.vocabulary import Vocabulary
-from interp_jax.whole_file import write_whole
+from interp_jax.whole_file import make_folder, write_whole
 
 __all__ = ["main", "run_study", "steer_once"]
 
@@ -126,6 +126,8 @@ def steer_once(
     coefficients = (0.0, *(c for c in coefficient if c))
     finite_coefficients(coefficients)
     judge = _judge(words, positive) if html is not None else None
+    if html is not None:
+        make_folder(html.parent)
     loaded = None if vector is None else SteeringVector.load(vector)
     if loaded is not None:
         for name, own, got in (("layer", loaded.layer, layer), ("site", loaded.site, site)):
@@ -185,7 +187,6 @@ def steer_once(
         f"{prompt}…", setting=setting, comparisons=[comparison("The same prompt", prompt, texts, judge.pattern)],
         points=result.points, readings=[("the vector", reading)] if reading is not None else [],
     )  # fmt: skip
-    html.parent.mkdir(parents=True, exist_ok=True)
     write_whole(html, page)
     print(f"The page is {html}.")
 
@@ -236,6 +237,9 @@ def run_study(
         model, layer, text, context=_CONTEXT - 1, n_tokens=0, n_held_out=n_held_out, dtype=model_dtype
     )
     chosen.check(language_model)
+    out = pathlib.Path(f"steer-{chosen.name}") if out is None else out
+    for folder in ("rollouts", "vectors"):
+        make_folder(out / folder)
     if sae is not None:
         check_home(sae, layer, site)
     rows = _begun_rows(language_model, held_out)
@@ -247,9 +251,6 @@ def run_study(
                 chosen, language_model, autoencoder, rows, layer=layer, site=site, usual_norm=usual_norm
             )
         ]  # fmt: skip
-    out = pathlib.Path(f"steer-{chosen.name}") if out is None else out
-    for folder in ("rollouts", "vectors"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
     results: list[MethodResult] = []
     for method in methods:
         result = _run(

@@ -10,7 +10,29 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, cast
 
-__all__ = ["open_whole", "write_whole"]
+__all__ = ["make_folder", "open_whole", "write_whole"]
+
+
+def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Makes a folder that much will be written to, before what is written takes long to compute.
+
+    Args:
+        path: the folder; it may be there.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: if it cannot be made, or not be written to.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise type(error)(f"Nothing can be written to {path} ({error.strerror}). Name another folder.") from error
+    return path
 
 
 @contextlib.contextmanager

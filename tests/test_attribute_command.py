@@ -57,6 +57,18 @@ def test_heads_and_denoising_by_atp(tmp_path, monkeypatch):
     assert "log-probability of &#39; United&#39;" in (tmp_path / "index.html").read_text()
 
 
+def test_what_cannot_be_written_is_told_before_anything_is_patched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attribute_command, "_effects", lambda *_: pytest.fail("patched"))
+    (tmp_path / "file").touch()
+    for more, message in [
+        (["--out", str(tmp_path / "file")], "FileExistsError: Nothing can be written to"),
+        (["--out", str(tmp_path), "--top", "-3"], "ValueError: --top -3 lists nothing"),
+    ]:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "--answer", " United", *more)
+        assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
 @pytest.mark.caches
 def test_the_model_in_bfloat16(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--answer", " United", "--method", "atp", "--model-dtype", "bfloat16", "--out", str(tmp_path))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from interp_jax.whole_file import write_whole
+from interp_jax.whole_file import make_folder, write_whole
 
 
 def test_writes_bytes_and_text_and_makes_the_folder(tmp_path):
@@ -14,6 +14,15 @@ def test_writes_bytes_and_text_and_makes_the_folder(tmp_path):
     assert path.read_bytes() == b"\x00\x01"
     assert path.stat().st_mode & 0o777 == 0o644
     assert os.listdir(path.parent) == ["a.txt"]
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_told(tmp_path):
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    assert os.listdir(make_folder(tmp_path / "a" / "b")) == []
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(OSError, match=r"Nothing can be written to .*file.* Name another folder"):
+            make_folder(path)
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):

@@ -39,6 +39,7 @@ from interp_jax.attribution.nodes import Effects, Family, Node, Nodes, as_mask, 
 from interp_jax.attribution.prompt_pair import PromptPair
 from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.token_ids import check_ids
 
 __all__ = [
     "DEFAULT_BUDGET",
@@ -126,6 +127,19 @@ def patch_families(
         return jnp.where(mask, sources[number][place], value).astype(value.dtype)
 
     return patched
+
+
+def check_direction(direction: str) -> None:
+    """Refuses a direction that is none.
+
+    Args:
+        direction: what was given.
+
+    Raises:
+        ValueError: if it is no `Direction`.
+    """
+    if direction not in get_args(Direction):
+        raise ValueError(f"direction is one of {', '.join(get_args(Direction))}; got {direction!r}.")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -226,11 +240,9 @@ class Patching:
         memory_budget: int = DEFAULT_BUDGET,
     ):
         """Runs both prompts and keeps what is patched in. The arguments are those of `activation_patching`."""
-        if ablation not in get_args(Ablation) or direction not in get_args(Direction):
-            raise ValueError(
-                f"ablation is one of {', '.join(get_args(Ablation))}, direction one of "
-                f"{', '.join(get_args(Direction))}; got {ablation!r} and {direction!r}."
-            )
+        if ablation not in get_args(Ablation):
+            raise ValueError(f"ablation is one of {', '.join(get_args(Ablation))}; got {ablation!r}.")
+        check_direction(direction)
         if direction == "denoising" and ablation != "corrupted":
             raise ValueError(
                 f"Denoising puts clean values into the corrupted run; ablation={ablation!r} is for noising."
@@ -268,6 +280,7 @@ class Patching:
         rows = np.asarray(prompts)
         if rows.ndim != 2 or rows.shape[1] != self.pair.seq or not len(rows):
             raise ValueError(f"prompts must be tokens [n, {self.pair.seq}], as long as the pair's, got {rows.shape}.")
+        check_ids(rows, self.language_model.vocab_size, "prompts")
         run = self._pass
         for row in rows:
             given = jnp.asarray(np.stack([row, row]), jnp.int32)  # the shape that is compiled already
@@ -307,7 +320,7 @@ class Patching:
         Returns:
             metric(patched) - metric(base).
         """
-        places = np.asarray(numbers)
+        places = np.asarray(numbers, np.int64)
 
         def sets(chosen: np.ndarray) -> np.ndarray:
             mask = np.zeros((len(chosen), self.n_nodes), bool)
@@ -328,6 +341,8 @@ class Patching:
         self, lowest: Int[np.ndarray, "n_sets"], sets: Callable[[np.ndarray], np.ndarray], advance: Any
     ) -> np.ndarray:
         """The effects of sets, given each one's lowest layer and a function from their numbers to their masks."""
+        if not len(lowest):
+            return np.zeros(0, np.float32)
         rows, order = self.rows, np.argsort(lowest, kind="stable")
         found = np.zeros(len(lowest), np.float32)
         for begin in range(0, len(lowest), rows):
@@ -442,6 +457,9 @@ def families_of_sets(
     Raises:
         ValueError: for a node that does not exist, or if there is none in any set.
     """
+    for each in sets:
+        if isinstance(each, Node) or not all(isinstance(node, Node) for node in each):
+            raise ValueError(f"Expected sets of nodes, [[Node(...), ...], ...]; one of them is {each!r}.")
     masks = [as_mask(language_model, list(each), seq) for each in sets]
     nodes = _families_for(masks, sets)
     if not nodes:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from interp_jax.activations.splice import unheaded
 from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.token_ids import check_ids
 
 __all__ = ["activations_at", "padded"]
 
@@ -44,28 +45,32 @@ def activations_at(
         pad_to: The width that rows are padded to; None for the longest prompt's.
 
     Returns:
-        The values, in the layers' order and that of `positions`, in float32.
+        The values, layer by layer in the order of the pass, and in that of `positions`, in float32.
 
     Raises:
-        ValueError: There are no prompts, one is shorter than a position asks for, or a site has no value a position.
+        ValueError: There are no prompts, one holds an id that is no token or is shorter than a position asks for, or a
+            site has no value a position.
         SiteError: The model has no such site or layer.
     """
     rows, lengths = padded(prompts, pad_to)
+    check_ids(rows, language_model.vocab_size, "prompts")
     if rows.shape[1] > language_model.context:
         raise ValueError(f"Prompts of {rows.shape[1]} tokens; {language_model.name} has {language_model.context}.")
-    wanted = [positions] if isinstance(positions, int) else list(positions)
+    wanted = [positions] if isinstance(positions, int | np.integer) else list(positions)
     for position in wanted:
         short = np.flatnonzero((lengths <= position) | (lengths < -position))
         if len(short):
             raise ValueError(f"Prompt {short[0]} has {lengths[short[0]]} tokens, so it has no position {position}.")
     places = np.stack([np.full(len(rows), p) if p >= 0 else lengths + p for p in wanted], axis=1)
-    layer_filter = layers if layers is None or isinstance(layers, int) else tuple(dict.fromkeys(layers))
+    if layers is not None:
+        layers = (int(layers),) if isinstance(layers, int | np.integer) else tuple(dict.fromkeys(layers))
+    batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())  # few prompts are not padded to a whole batch
     found = []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
         filling = ((0, batch_size - len(rows[part])), (0, 0))  # the last batch runs in the same program
         run = (np.pad(rows[part], filling), np.pad(places[part], filling))
-        values = _values(language_model.forward, site, layer_filter, language_model.params, *map(jnp.asarray, run))
+        values = _values(language_model.forward, site, layers, language_model.params, *map(jnp.asarray, run))
         found.append(np.asarray(values)[:, :, : len(rows[part])])
     return np.concatenate(found, axis=2)
 
@@ -81,8 +86,10 @@ def padded(prompts: Prompts, pad_to: int | None = None) -> tuple[Int[np.ndarray,
         The array, and each prompt's length.
 
     Raises:
-        ValueError: There are no prompts, one is empty, or one is longer than `pad_to`.
+        ValueError: There are no prompts, they are no rows of ids, one is empty, or one is longer than `pad_to`.
     """
+    if any(isinstance(row, str) or not hasattr(row, "__len__") for row in prompts):
+        raise ValueError("Prompts are rows of token ids, [[464, 1748], ...]; tokenizer.encode gives a text's.")
     lengths = np.asarray([len(row) for row in prompts])
     if not len(lengths) or not lengths.min():
         raise ValueError("There are no prompts." if not len(lengths) else f"Prompt {lengths.argmin()} has no tokens.")

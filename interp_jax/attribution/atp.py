@@ -79,13 +79,13 @@ def integrated_gradients(
         nodes: which nodes; not of the embedding's own site, for which take `resid_pre` of layer 0.
         metric: what is measured; None is the pair's own.
         n_steps: how many points, in the middle of equal steps.
-        embedding: the site where the path is laid.
+        embedding: the site where the path is laid; it must stand once in the model.
 
     Returns:
         An estimate of metric(patched) - metric(clean), a node.
 
     Raises:
-        ValueError: as `atp`; also for fewer than one step.
+        ValueError: as `atp`; also for fewer than one step, or an embedding that stands in several layers.
     """
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
@@ -93,6 +93,11 @@ def integrated_gradients(
     if any(family.site == embedding for family in families):
         raise ValueError(f"{embedding} is where the path is laid; name 'resid_pre' of layer 0 in its place.")
     (embedded,) = resolve(language_model, Nodes(embedding), pair.seq)
+    if len(embedded.layers) > 1:
+        raise ValueError(
+            f"{embedding!r} stands in {len(embedded.layers)} layers; the path is laid at a site that stands once, as "
+            "'embed' does."
+        )
     tokens = jnp.asarray(np.stack([pair.clean, pair.corrupted]), jnp.int32)
     run = measured_pass(language_model, families, metric_of(metric, pair, language_model.vocab_size))
     clean, corrupted = measured_on_both(run, tokens)  # before n_steps passes

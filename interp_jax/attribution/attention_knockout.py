@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from interp_jax.attribution.nodes import sites_of
 from interp_jax.instrument import fetch, iterate
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.token_ids import token_rows
 
 __all__ = ["Knockout", "attention_knockout", "attention_patterns", "knocked_out"]
 
@@ -79,10 +80,9 @@ def attention_knockout(
         The logits.
 
     Raises:
-        ValueError: A position, layer or head does not exist, or the model has no attention probabilities.
+        ValueError: A token, position, layer or head does not exist, or the model has no attention probabilities.
     """
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens has shape {tokens.shape}; it must be [batch, seq]: jnp.array([ids]) for one prompt.")
+    tokens = token_rows(tokens, language_model.vocab_size)
     cut = knocked_out(language_model, tokens.shape[1], knockouts, renormalise=renormalise)
     return _run(cut.forward, cut.params, tokens)
 
@@ -158,8 +158,18 @@ class _KnockedOut:
     forward: Callable[..., Array]
     renormalise: bool
 
+    def beneath(self, params: tuple[Any, list[_Edges]]) -> tuple[Callable[..., Array], Any]:
+        """See `WrappedForward`."""
+        return self.forward, params[0]
+
     def __call__(self, params: tuple[Any, list[_Edges]], tokens: Array) -> Array:
         params, edges = params
+        seq = len(edges[0].queries)
+        if tokens.shape[1] != seq:
+            raise ValueError(
+                f"Attention is knocked out for prompts of {seq} tokens, and these have {tokens.shape[1]}; make another "
+                "knocked_out(model, seq, ...) for them."
+            )
         for layer, _, value in (running := iterate(self.forward, sites="attn_probs")(params, tokens)):
             assert layer is not None
             cut = functools.reduce(jnp.logical_or, [each.at(layer) for each in edges])
@@ -183,13 +193,13 @@ class _Unembed:
 def _as_set(places: Places | None, size: int, what: str) -> Bool[Array, "size"]:
     if places is None:
         return jnp.ones(size, bool)
-    numbers = [places] if isinstance(places, int) else list(places)
-    wrong = [number for number in numbers if not -size <= number < size]
-    if wrong or not numbers:
+    given = [places] if isinstance(places, int | np.integer) else list(places)
+    wrong = [number for number in given if not -size <= number < size]
+    if wrong or not given:
         found = f"{what} {wrong[0]} does not exist" if wrong else f"a knockout of no {what}"
         raise ValueError(f"{found}: they are 0 to {size - 1}, or from {-size} on to count from the end; None is all.")
     mask = np.zeros(size, bool)
-    mask[numbers] = True
+    mask[given] = True
     return jnp.asarray(mask)
 
 

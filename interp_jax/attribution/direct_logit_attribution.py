@@ -11,7 +11,9 @@ which is read off what the norm gave. That holds for RMSNorm and LayerNorm, for 
 (Gemma), and a cap on the logits is frozen in the same way, as the ratio of what came out to what went in.
 
 What is exact: the pieces, the constant and `rest` add up to the model's own value. `rest` is what no piece accounts
-for: rounding, unless the model writes to its stream by parts that have no site, or norms what a bias was added to.
+for: rounding, unless the model writes to its stream by parts that have no site. Where a norm stands behind an output
+that has a bias, the pieces of its heads or neurons and of that bias are approximations, and `rest` is how far they are
+off; the part as a whole is exact.
 
 Hazard: a part's direct piece says nothing of what it does through later layers. Parts that write what all logits
 share have large pieces of single logits; look at a logit difference.
@@ -30,6 +32,7 @@ from jaxtyping import Array, Float, Int
 from interp_jax.attribution.read_out import read_out
 from interp_jax.instrument import SiteError, SiteValues, iterate
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.token_ids import check_ids, token_rows
 from interp_jax.sae.protocol import Autoencoder
 
 __all__ = ["DirectAttribution", "Piece", "direct_latent_attribution", "direct_logit_attribution"]
@@ -155,7 +158,8 @@ def direct_logit_attribution(
         The pieces.
 
     Raises:
-        ValueError: Neither an answer nor a direction, or both; a token, a position or a site that is not there.
+        ValueError: Neither an answer nor a direction, or both; tokens that are no rows; a token, a position or a site
+            that is not there.
         SiteError: The model lacks a site.
     """
     unknown = set(sites) - {*_WRITERS, *_INSIDE}
@@ -168,6 +172,7 @@ def direct_logit_attribution(
             "sites= takes embed, attn_out or attn_heads, mlp_out or mlp_act: the parts that write to the stream"
             + (f"; {what}." if what else ".")
         )
+    tokens = token_rows(tokens, language_model.vocab_size)
     readout = _checked_readout(language_model, tokens, answer, wrong, direction)
     found = _attribution(
         language_model.forward,
@@ -223,6 +228,7 @@ def direct_latent_attribution(
             f"The autoencoder gives vectors of width {sae.d_out}; {language_model.name}'s stream has "
             f"{language_model.d_model}. Name the site and the model that it was trained on."
         )
+    tokens = token_rows(tokens, language_model.vocab_size)
     readout = _checked_readout(language_model, tokens, answer, wrong, direction)
     found = _latent_attribution(
         language_model.forward,
@@ -256,8 +262,6 @@ _Readout = _Tokens | _Direction
 
 
 def _checked_readout(language_model: LanguageModel, tokens: Array, answer: Any, wrong: Any, direction: Any) -> _Readout:
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens has shape {tokens.shape}; it must be [batch, seq]: jnp.array([ids]) for one prompt.")
     if (answer is None) == (direction is None) or (direction is not None and wrong is not None):
         raise ValueError("Give answer= (a token, with or without wrong=) or direction=, and not both.")
     if direction is not None:
@@ -270,17 +274,11 @@ def _checked_readout(language_model: LanguageModel, tokens: Array, answer: Any, 
         return _Direction(vector)
 
     def ids(given: Any, name: str) -> Array:
-        array = np.broadcast_to(np.asarray(given), tokens.shape[:1])
-        if (
-            not np.issubdtype(array.dtype, np.integer)
-            or (array < 0).any()
-            or (array >= language_model.vocab_size).any()
-        ):
-            raise ValueError(
-                f"{name}={given!r} is no token: ids are integers from 0 to {language_model.vocab_size - 1}. "
-                "language_model.tokenizer.encode gives those of a text."
-            )
-        return jnp.asarray(array, jnp.int32)
+        array = np.asarray(given)
+        check_ids(array, language_model.vocab_size, name)
+        if array.shape not in ((), (1,), tokens.shape[:1]):
+            raise ValueError(f"{name} has shape {array.shape}; give one id, or one for each of {len(tokens)} prompts.")
+        return jnp.asarray(np.broadcast_to(array, tokens.shape[:1]), jnp.int32)
 
     return _Tokens(ids(answer, "answer"), None if wrong is None else ids(wrong, "wrong"))
 

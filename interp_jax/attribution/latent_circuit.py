@@ -40,6 +40,7 @@ from interp_jax.attribution.nodes import Effects, Node, NodeEffect, sites_of
 from interp_jax.attribution.prompt_pair import PromptPair
 from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.token_ids import token_rows
 from interp_jax.sae.protocol import Autoencoder
 
 __all__ = ["Edge", "LatentCircuit", "latent_circuit"]
@@ -135,9 +136,13 @@ def latent_circuit(
         The circuit.
 
     Raises:
-        ValueError: As `with_latents` and `atp`; no node reaches the threshold, or ablating everything changes nothing.
+        ValueError: As `with_latents` and `atp`; the reference is no rows of tokens; no node reaches the
+            threshold, or ablating everything changes nothing.
     """
     check_places(language_model, saes)
+    text = token_rows(pair.corrupted[None] if reference is None else reference, language_model.vocab_size, "reference")
+    if text.shape[1] < 2:
+        raise ValueError("The means of reference leave out each row's first position; give rows of 2 tokens or more.")
     order = [(row.layer, row.name) for row in sites_of(language_model, pair.seq)]
     saes = {place: saes[place] for place in sorted(saes, key=order.index)}
     effects = atp(with_latents(language_model, saes), pair, latent_nodes(saes), metric=metric)
@@ -157,7 +162,6 @@ def latent_circuit(
     everything = jax.tree.map(np.ones_like, masks)
     others = jax.tree.map(np.logical_not, masks)
     forward, params, places = language_model.forward, language_model.params, tuple(saes)
-    text = pair.corrupted[None] if reference is None else reference
     instead = _stand_ins(
         forward, places, reference is not None, params, list(saes.values()), jnp.asarray(text, jnp.int32)
     )

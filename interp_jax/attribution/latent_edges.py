@@ -28,6 +28,7 @@ from interp_jax.attribution.latent_nodes import Place, check_places
 from interp_jax.attribution.nodes import sites_of
 from interp_jax.instrument import iterate
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.token_ids import check_ids
 from interp_jax.models.transformer import Transformer
 from interp_jax.sae.protocol import Autoencoder
 
@@ -96,9 +97,13 @@ def latent_edges(
         The edges.
 
     Raises:
-        ValueError: A place or a target does not exist, the downstream place does not come after the upstream one, or
-            norms cannot be frozen.
+        ValueError: A token, a place or a target does not exist, the downstream place does not come after the upstream
+            one, or norms cannot be frozen.
     """
+    if np.ndim(tokens) != 1:
+        raise ValueError(f"tokens has shape {np.shape(tokens)}; edges are of one prompt, [seq]: give tokens[0].")
+    tokens = np.asarray(tokens)
+    check_ids(tokens, language_model.vocab_size)
     check_places(language_model, {upstream: upstream_sae})
     check_places(language_model, {downstream: downstream_sae})
     order = [(row.layer, row.name) for row in sites_of(language_model, len(tokens))]

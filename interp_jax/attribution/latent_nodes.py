@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from interp_jax.attribution.nodes import Nodes, sites_of
+from interp_jax.attribution.wrapped_forward import innermost
 from interp_jax.instrument import iterate, site
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.sae.protocol import Autoencoder
@@ -87,8 +88,13 @@ def check_places(language_model: LanguageModel, saes: Mapping[Place, Autoencoder
     """
     if not saes:
         raise ValueError("There is no autoencoder; give at least one by (layer, site), as {(6, 'resid_post'): sae}.")
-    shapes = {(row.layer, row.name): row.shape for row in sites_of(language_model, 2)}
-    for (layer, name), sae in saes.items():
+    forward, params = innermost(language_model.forward, language_model.params)
+    bare = dataclasses.replace(language_model, forward=forward, params=params)
+    shapes = {(row.layer, row.name): row.shape for row in sites_of(bare, 2)}
+    for place, sae in saes.items():
+        if not (isinstance(place, tuple) and len(place) == 2):
+            raise ValueError(f"Autoencoders are given by (layer, site), as {{(6, 'resid_post'): sae}}; got {place!r}.")
+        layer, name = place
         if (layer, name) not in shapes:
             names = ", ".join(dict.fromkeys(found for at, found in shapes if at == layer)) or "nothing"
             raise ValueError(f"{language_model.name} has no site {name!r} in layer {layer}; there is {names}.")
@@ -106,6 +112,10 @@ class _WithLatents:
 
     forward: Callable[..., Array]
     places: tuple[Place, ...]
+
+    def beneath(self, params: tuple[Any, list[Autoencoder]]) -> tuple[Callable[..., Array], Any]:
+        """See `WrappedForward`."""
+        return self.forward, params[0]
 
     def __call__(self, params: tuple[Any, list[Autoencoder]], tokens: Array) -> Float[Array, "batch seq vocab"]:
         params, saes = params

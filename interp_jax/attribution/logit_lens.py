@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from interp_jax.attribution.read_out import read_out
 from interp_jax.instrument import SiteValues, fetch
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.token_ids import check_ids, token_rows
 from interp_jax.models.tokenizer import Tokenizer
 
 __all__ = ["LogitLens", "logit_lens"]
@@ -112,22 +113,22 @@ def logit_lens(
         The predictions, as NumPy arrays.
 
     Raises:
-        ValueError: The site is not in the stream's space; tokens are no rows; `top` or the target is out of range.
+        ValueError: The site is not in the stream's space; tokens are no rows, or no tokens; `top` or the target is out
+            of range.
         SiteError: The model has no such site or layer.
     """
     if site not in _STREAM:
         raise ValueError(f"The logit lens reads the stream, at one of {', '.join(_STREAM)}; {site!r} is none of them.")
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens has shape {tokens.shape}; it must be [batch, seq]: jnp.array([ids]) for one prompt.")
+    tokens = token_rows(tokens, language_model.vocab_size)
     if not 1 <= top <= language_model.vocab_size:
         raise ValueError(f"top={top}; it must be 1 to {language_model.vocab_size}, the size of the vocabulary.")
     targets = None
     if target is not None:
-        targets = np.broadcast_to(np.asarray(target), tokens.shape[:1])
-        if (targets < 0).any() or (targets >= language_model.vocab_size).any():
-            raise ValueError(f"target={target!r} is no token: ids are 0 to {language_model.vocab_size - 1}.")
-        targets = jnp.asarray(targets, jnp.int32)
-    wanted = None if layers is None else (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
+        check_ids(target, language_model.vocab_size, "target")
+        targets = jnp.broadcast_to(jnp.asarray(target, jnp.int32), tokens.shape[:1])
+    wanted = (
+        None if layers is None else (layers,) if isinstance(layers, int | np.integer) else tuple(sorted(set(layers)))
+    )
     by_layer = _lens(
         language_model.forward,
         language_model.n_layers,

@@ -129,10 +129,17 @@ def metric_of(metric: Metric | None, pair: PromptPair, vocab_size: int) -> Any:
 
 def _check_places(metric: Any, seq: int, vocab_size: int) -> None:
     """Refuses tokens and positions that indexing would silently move to the nearest that there is."""
+    wanted = {KL: ("reference_log_probs", vocab_size), Loss: ("tokens", seq)}.get(type(metric))
+    if wanted is not None and (given := np.shape(getattr(metric, wanted[0])))[-1:] != (wanted[1],):
+        raise ValueError(f"The metric's {wanted[0]} has shape {given}; it must be [{wanted[1]}].")
     limits = {"answer": (0, vocab_size), "wrong": (0, vocab_size), "position": (-seq, seq)}
     for name, (low, end) in limits.items():
         if type(metric) in (LogitDifference, LogProbability, KL) and hasattr(metric, name):
             at = np.asarray(getattr(metric, name))
+            if not np.issubdtype(at.dtype, np.integer):
+                raise ValueError(
+                    f"The metric's {name} is {getattr(metric, name)!r}; it must be an id or a position, an integer."
+                )
             if ((at < low) | (at >= end)).any():
                 raise ValueError(f"The metric's {name} is {at}; it can be {low} to {end - 1}.")
 

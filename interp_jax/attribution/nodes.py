@@ -196,7 +196,9 @@ def resolve(language_model: LanguageModel, nodes: Nodes | Sequence[Nodes], seq: 
         ValueError: if a site, a layer or an axis does not exist (the error lists what there is), or a site is named
             twice.
     """
-    several = [nodes] if isinstance(nodes, Nodes) else list(nodes)
+    several: list[Any] = [nodes] if isinstance(nodes, Nodes | Node | str) else list(nodes)
+    if wrong := [each for each in several if not isinstance(each, Nodes)]:
+        raise ValueError(f"Expected Nodes, as Nodes('resid_post', by='position'), got {wrong[0]!r}.")
     if not several:
         raise ValueError("There are no nodes; give at least one family, for example Nodes('resid_post').")
     table = sites_of(language_model, seq)
@@ -213,7 +215,7 @@ def _resolved(nodes: Nodes, table: SiteTable, model_name: str) -> Family:
         raise ValueError(_no_such("site", nodes.site, {row.name: None for row in table}, model_name))
     layers = tuple(rows)
     if nodes.layers is not None:
-        layers = (nodes.layers,) if isinstance(nodes.layers, int) else tuple(nodes.layers)
+        layers = (nodes.layers,) if isinstance(nodes.layers, int | np.integer) else tuple(nodes.layers)
         if not layers:
             raise ValueError(f"The nodes of {nodes.site} name no layer; leave layers= out for all that have the site.")
         if missing := [layer for layer in layers if layer not in rows]:
@@ -367,6 +369,9 @@ class Effects(Mapping[tuple[int | None, str], np.ndarray]):
                 return family.node(number)
             number -= family.n_nodes
         raise IndexError(f"there are {sum(family.n_nodes for family in self.families)} nodes")
+
+    def __repr__(self) -> str:
+        return self.table()
 
     def ranked(self, k: int | None = None) -> list[NodeEffect]:
         """The nodes with the largest absolute effects, the largest first.

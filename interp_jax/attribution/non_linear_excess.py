@@ -58,7 +58,7 @@ def non_linear_excess(
     Raises:
         ValueError: One of the four groups has fewer than two rows, or the lengths differ.
     """
-    values, a, b = np.asarray(readout, np.float64), np.asarray(has_a), np.asarray(has_b)
+    values, a, b = np.asarray(readout, np.float64), np.asarray(has_a, bool), np.asarray(has_b, bool)
     if a.shape != (len(values),) or b.shape != a.shape:
         raise ValueError(f"{len(values)} rows, but features of shapes {a.shape} and {b.shape}; give one entry a row.")
     groups = {"both": a & b, "A alone": a & ~b, "B alone": b & ~a, "neither": ~a & ~b}
@@ -89,7 +89,7 @@ class LinearStructure:
     interaction: Float[np.ndarray, "n_first n_second *readouts"]
     """Value less mean and effects."""
     first_share: Float[np.ndarray, "*readouts"]
-    """Share of the variance over pairs that the first parts' effects make."""
+    """Share of the variance over pairs that the first parts' effects make; 0 of a readout that does not vary."""
     second_share: Float[np.ndarray, "*readouts"]
     """The second parts' share."""
     interaction_share: Float[np.ndarray, "*readouts"]
@@ -119,7 +119,7 @@ def linear_structure(
     n_first, n_second = table.shape[:2]
     if min(n_first, n_second) < 2:
         raise ValueError(f"{n_first} first and {n_second} second parts; an interaction needs at least two of each.")
-    real = np.zeros((n_first, n_second), bool) if is_real is None else np.asarray(is_real)
+    real = np.zeros((n_first, n_second), bool) if is_real is None else np.asarray(is_real, bool)
     if real.shape != (n_first, n_second):
         raise ValueError(f"is_real has shape {real.shape}; the pairs have {(n_first, n_second)}.")
     fitted = ~real
@@ -129,7 +129,10 @@ def linear_structure(
     shape = table.shape[2:]
     mean, first, second = mean.reshape(shape), first.reshape(n_first, *shape), second.reshape(n_second, *shape)
     interaction = table - mean - first[:, None] - second
-    total = np.maximum(table[fitted].var(axis=0), np.finfo(float).tiny)
+    total = table[fitted].var(axis=0)
+    # What varies by rounding alone has no shares.
+    is_constant = total <= np.square(8 * np.finfo(float).eps * np.abs(table[fitted]).max(axis=0))
+    total = np.where(is_constant, np.inf, total)
     alone = np.broadcast_to(first[:, None], table.shape)[fitted], np.broadcast_to(second, table.shape)[fitted]
     excess = None
     if is_real is not None:

@@ -30,6 +30,7 @@ from interp_jax.attribution.activation_patching import (
     Forward,
     by_family,
     check_budget,
+    check_direction,
     families_of_sets,
     patch_families,
     rows_that_fit,
@@ -77,9 +78,10 @@ def path_patching(
         metric(patched) - metric(base), a set of senders.
 
     Raises:
-        ValueError: for nodes that do not exist, senders of a site whose way to the stream is not known, a sender and a
-            receiver inside one block, a metric that is the same on both prompts, or too small a budget.
+        ValueError: for nodes or a direction that do not exist, senders of a site whose way to the stream is not known,
+            a sender and a receiver inside one block, a metric that is the same on both prompts, or too small a budget.
     """
+    check_direction(direction)
     sending_nodes, sets = families_of_sets(language_model, senders, pair.seq)
     receiving_nodes, received = families_of_sets(language_model, [receivers], pair.seq)
     sending, receiving = (resolve(language_model, nodes, pair.seq) for nodes in (sending_nodes, receiving_nodes))

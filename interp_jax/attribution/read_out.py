@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from interp_jax.attribution.wrapped_forward import innermost
 from interp_jax.instrument import inject
 from interp_jax.models import transformer
 
@@ -34,6 +35,7 @@ def read_out(
     Raises:
         SiteError: The model has no `resid_post` in its last layer.
     """
+    forward, params = innermost(forward, params)
     if forward is not transformer.apply:
         tokens = jnp.zeros(stream.shape[:2], jnp.int32)
         return inject(forward)({(n_layers - 1, "resid_post"): stream}, params, tokens)

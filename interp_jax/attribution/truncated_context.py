@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from interp_jax.attribution.activations_at import activations_at
+from interp_jax.attribution.nodes import sites_of
 from interp_jax.models.language_model import LanguageModel
 
 __all__ = ["TruncatedContext", "truncated_context_similarity"]
@@ -26,6 +27,8 @@ class TruncatedContext:
 
     lengths: tuple[int, ...]
     """How many of the last tokens were kept."""
+    layers: tuple[int | None, ...]
+    """The layers, in order."""
     similarity: Float[np.ndarray, "lengths layers n"]
     """Of each text."""
 
@@ -42,7 +45,8 @@ class TruncatedContext:
     def table(self) -> str:
         """The means: a line a layer, a column for each number of kept tokens."""
         header = "layer  " + "  ".join(f"last {length:>3}" for length in self.lengths)
-        lines = [f"{layer:>5}  " + "  ".join(f"{one:>8.3f}" for one in row) for layer, row in enumerate(self.mean.T)]
+        by_layer = zip(self.layers, self.mean.T, strict=True)
+        lines = [f"{layer!s:>5}  " + "  ".join(f"{one:>8.3f}" for one in row) for layer, row in by_layer]
         return "\n".join([header, *lines])
 
 
@@ -94,7 +98,10 @@ def truncated_context_similarity(
         np.einsum("lnd,lnd->ln", last_token(np.concatenate([start, rows[:, -length:]], axis=1)), whole)
         for length in lengths
     ]
-    return TruncatedContext(tuple(lengths), np.stack(similarity))
+    named = {layers} if isinstance(layers, int | np.integer) else layers
+    there = (row.layer for row in sites_of(language_model, rows.shape[1]) if row.name == site)
+    in_order = tuple(layer for layer in there if named is None or layer in named)
+    return TruncatedContext(tuple(lengths), in_order, np.stack(similarity))
 
 
 def _directions(values: Float[np.ndarray, "layers n d"]) -> Float[np.ndarray, "layers n d"]:

@@ -111,11 +111,10 @@ def subset_bound(
     Raises:
         ValueError: for a probability or confidence outside (0, 1), fewer than four subsets, or no nodes.
     """
-    if not (0 < probability < 1 and 0 < confidence < 1):
-        raise ValueError(f"probability and confidence lie between 0 and 1, got {probability} and {confidence}.")
+    _check_draws(n_subsets, probability, confidence)
     chosen = np.arange(patching.n_nodes) if nodes is None else np.asarray(nodes)
-    if n_subsets < 4 or not len(chosen):
-        raise ValueError(f"A bound needs at least 4 subsets and one node, got {n_subsets} and {len(chosen)}.")
+    if not len(chosen):
+        raise ValueError("A bound is on one node at least; nodes= is empty.")
     members = np.random.default_rng(seed).random((n_subsets, len(chosen))) < probability
     sets = np.zeros((n_subsets, patching.n_nodes), bool)
     sets[:, chosen] = members
@@ -125,6 +124,13 @@ def subset_bound(
         upper = np.abs(estimates) + np.maximum(stdtrit(freedom, confidence), 0.0) * errors
     bound = float(np.where(np.isfinite(upper), upper, np.inf).max())
     return SubsetBound(bound, confidence, chosen, estimates, errors, n_subsets, probability)
+
+
+def _check_draws(n_subsets: int, probability: float, confidence: float) -> None:
+    if not (0 < probability < 1 and 0 < confidence < 1):
+        raise ValueError(f"probability and confidence lie between 0 and 1, got {probability} and {confidence}.")
+    if n_subsets < 4:
+        raise ValueError(f"A bound needs at least 4 subsets, got n_subsets={n_subsets}.")
 
 
 def _contrasts(members: Bool[np.ndarray, "sets n"], effects: Float[np.ndarray, "sets"]) -> tuple[Any, Any, Any]:
@@ -217,10 +223,19 @@ def verify(
         What was verified, and the bound on the rest.
 
     Raises:
-        ValueError: if the scores are of other nodes, or the budget does not suffice for one look.
+        ValueError: if the scores are of other nodes, the budget does not suffice for one look, `first` is less than 1,
+            or as for `subset_bound`.
     """
     if len(scores.flat) != patching.n_nodes:
         raise ValueError(f"There are {len(scores.flat)} scores for {patching.n_nodes} nodes; resolve both alike.")
+    families = getattr(patching, "families", scores.families)
+    if scores.families != families:
+        kinds = [", ".join(f"{one.site} by {one.by} in layers {one.layers}" for one in of) for of in
+                 (scores.families, families)]  # fmt: skip
+        raise ValueError(f"The scores are of {kinds[0]}; what is patched is {kinds[1]}. Resolve both alike.")
+    if first < 1:
+        raise ValueError(f"first={first}; at least one node must be patched before the first look.")
+    _check_draws(n_subsets, probability, confidence)
     if budget < min(first, patching.n_nodes) + n_subsets:
         raise ValueError(f"A budget of {budget} does not suffice for {first} nodes and {n_subsets} subsets.")
     order = np.argsort(-np.abs(scores.flat), kind="stable")
@@ -306,6 +321,9 @@ def in_blocks(patching: Patches, *, size: int | None = None) -> Search:
     Args:
         patching: what patches sets of nodes.
         size: nodes of a block; None for the square root of how many there are.
+
+    Raises:
+        ValueError: if it is less than 1.
     """
     blocks = _blocks(patching.n_nodes, size)
     effects = np.abs(patching.of_sets(_as_sets(blocks, patching.n_nodes)))
@@ -320,7 +338,12 @@ def hierarchical(patching: Patches, *, size: int | None = None, at_once: int = 1
         patching: what patches sets of nodes.
         size: nodes of a first block; None for the square root of how many there are.
         at_once: how many blocks are split before the next look at which are the largest.
+
+    Raises:
+        ValueError: if either is less than 1.
     """
+    if at_once < 1:
+        raise ValueError(f"at_once={at_once}; at least one block must be split at a time.")
     blocks = _blocks(patching.n_nodes, size)
     effects = np.abs(patching.of_sets(_as_sets(blocks, patching.n_nodes)))
     cost = len(blocks)
@@ -347,6 +370,8 @@ def hierarchical(patching: Patches, *, size: int | None = None, at_once: int = 1
 
 def _blocks(n_nodes: int, size: int | None) -> list[np.ndarray]:
     size = max(1, round(math.sqrt(n_nodes))) if size is None else size
+    if size < 1:
+        raise ValueError(f"size={size}; a block has at least one node.")
     return [np.arange(start, min(start + size, n_nodes)) for start in range(0, n_nodes, size)]
 
 

@@ -147,6 +147,8 @@ def _chosen(latents: int | Sequence[int] | None, d_sae: int, name: str) -> np.nd
     if latents is None:
         return np.arange(d_sae)
     numbers = np.atleast_1d(np.asarray(latents))
+    if not len(numbers) or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"{name}_latents={latents!r}; give one latent's number or more, or None for all.")
     wrong = numbers[(numbers < 0) | (numbers >= d_sae)]
     if len(wrong):
         raise ValueError(f"There is no {name} latent {wrong[0]}; they are 0 to {d_sae - 1}.")

@@ -60,6 +60,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from interp_jax.instrument import in_layer, layer_scan, site
 from interp_jax.models.products import Turned, product, times, times_turned
 from interp_jax.models.rows_of import rows_of
+from interp_jax.models.token_ids import check_ids
 from interp_jax.models.transformer_config import TransformerConfig as TransformerConfig
 
 _INIT_STD = 0.02  # GPT-2's, for every matrix; those that write to the residual stream are divided by sqrt(2 n_layers)
@@ -520,7 +521,7 @@ class Transformer(nnx.Module):
             )
         if is_token is not None:
             tokens = jnp.where(is_token, tokens, 0)  # -1 may stand where there is padding
-        _check_ids(tokens, c.vocab_size)
+        check_ids(tokens, c.vocab_size)
         may_exceed = positions is not None or cache is not None
         if positions is None:
             counted = jnp.arange(seq)[None] if is_token is None else jnp.cumsum(is_token, axis=1) - 1
@@ -620,17 +621,6 @@ class Transformer(nnx.Module):
     def unembedding(self) -> Float[Array, "d_model vocab_size"]:
         """The matrix from the final norm's output to logits."""
         return self.W_embed[...].T if self.config.tied_embeddings else self.W_unembed[...]
-
-
-def _check_ids(tokens: Any, vocab_size: int) -> None:
-    """Refuses ids that are no tokens, where their values are known: not under jit."""
-    if isinstance(tokens, jax.core.Tracer):
-        return
-    host = np.asarray(tokens)
-    wrong = np.argwhere((host < 0) | (host >= vocab_size))
-    if len(wrong):
-        at = tuple(map(int, wrong[0]))
-        raise ValueError(f"tokens{list(at)} is {host[at]}; the model's tokens are 0 to {vocab_size - 1}.")
 
 
 def apply(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab_size"]:

@@ -4,6 +4,7 @@ The colour scale diverges and is centred at 0, so that no effect has the ground'
 """
 
 import dataclasses
+import textwrap
 
 import numpy as np
 from jaxtyping import Float
@@ -134,6 +135,8 @@ def heat_map_picture(heat_map: HeatMap) -> Picture:
         axes.set_yticks(range(0, n_layers, every), heat_map.layers[::every])
         axes.set_ylabel("layer")
         axes.set_xlabel(heat_map.axis)
-        axes.set_title(heat_map.title, fontsize=9, wrap=True)
+        # Wrapped here: Matplotlib's own wrapping reads a $ of the text as the start of a formula.
+        lines = [textwrap.fill(line, int(14 * width)) for line in heat_map.title.splitlines()]
+        axes.set_title("\n".join(lines), fontsize=9)
         figure.colorbar(image, ax=axes, label="effect", fraction=0.05)
         return as_picture(figure)

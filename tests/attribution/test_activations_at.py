@@ -30,6 +30,7 @@ def test_heads_are_flattened_and_layers_chosen():
     np.testing.assert_allclose(found[0, 0], expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_bad_input_is_told():
     model = small_model()
     for message, prompts, options in [
@@ -39,6 +40,9 @@ def test_bad_input_is_told():
         ("Prompt 0 has 2 tokens, so it has no position 2", [[1, 2], [3, 4, 5]], {"positions": [0, 2]}),
         ("more than pad_to=1", [[1, 2]], {"pad_to": 1}),
         ("Prompts of 10 tokens; llama has 9", [[1] * 10], {}),
+        (r"prompts\[0, 1\] is 23; the model's tokens are 0 to 22", [[1, 23]], {}),
+        ("Prompts are rows of token ids", [1, 2], {}),
+        ("Prompts are rows of token ids", ["The city"], {}),
         ("one vector a position", [[1, 2]], {"site": "attn_probs"}),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -152,6 +152,8 @@ def test_bad_input_is_refused():
     assert len(traces) == 2  # its sites, and both prompts' metric: nothing else is compiled before
     with pytest.raises(ValueError, match="where the path is laid"):
         integrated_gradients(model, pair, Nodes("embed"))
+    with pytest.raises(ValueError, match="'resid_pre' stands in 3 layers"):
+        integrated_gradients(model, pair, Nodes("resid_post"), embedding="resid_pre")
     with pytest.raises(ValueError, match="at least 1"):
         integrated_gradients(model, pair, Nodes("resid_post", layers=LAYERS - 1), n_steps=0)
 

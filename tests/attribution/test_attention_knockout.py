@@ -10,9 +10,12 @@ from small_models import all_sites, small_model, small_tokens
 
 import interp_jax as ij
 from interp_jax.attribution.attention_knockout import Knockout, attention_knockout, attention_patterns, knocked_out
+from interp_jax.attribution.direct_logit_attribution import direct_logit_attribution
+from interp_jax.attribution.latent_nodes import with_latents
 from interp_jax.attribution.logit_lens import logit_lens
 from interp_jax.models import transformer
 from interp_jax.models.transformer import stacked
+from interp_jax.sae import ReLUSAE
 
 pytestmark = [pytest.mark.caches, pytest.mark.usefixtures("quick_compilation")]
 
@@ -78,6 +81,14 @@ def test_a_model_with_a_knockout_goes_where_a_model_does():
     np.testing.assert_allclose(lens.kl[1], 0, atol=1e-5)
     logits = attention_knockout(model, tokens, Knockout(-1, [0, 1, 2]))
     np.testing.assert_array_equal(lens.top_tokens[1, :, -1, 0], logits[:, -1].argmax(-1))
+    attributed = direct_logit_attribution(cut, tokens, answer=3)
+    np.testing.assert_allclose(attributed.total, logits[:, -1, 3], atol=1e-5)
+    np.testing.assert_allclose(attributed.rest, 0, atol=1e-4)
+    saes = {(0, "resid_post"): ReLUSAE.random(12, 5, key=jax.random.key(0))}
+    spliced = with_latents(cut, saes)
+    np.testing.assert_allclose(spliced.forward(spliced.params, tokens), logits, atol=1e-4)
+    with pytest.raises(ValueError, match="knocked out for prompts of 7 tokens, and these have 6"):
+        logit_lens(cut, tokens[:, :6])
     directions = jnp.ones((1, 12))
     np.testing.assert_allclose(cut.unembed(cut.params, directions), model.unembed(model.params, directions))
 
@@ -107,6 +118,7 @@ def test_patterns_are_those_of_the_site():
     np.testing.assert_allclose(one, patterns[:, 0], atol=1e-6)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_bad_input_is_told():
     model, tokens = small_model(), small_tokens()
     for message, cut in [
@@ -118,6 +130,9 @@ def test_bad_input_is_told():
     ]:
         with pytest.raises(ValueError, match=message):
             attention_knockout(model, tokens, cut)
+    np.testing.assert_array_equal(
+        attention_knockout(model, tokens, Knockout(np.int64(-1), 0)), attention_knockout(model, tokens, Knockout(-1, 0))
+    )
     bare = dataclasses.replace(model, forward=lambda params, tokens: jnp.zeros((*tokens.shape, 23)))
     with pytest.raises(ValueError, match="no site 'attn_probs'"):
         attention_knockout(bare, tokens, Knockout(0, 0))

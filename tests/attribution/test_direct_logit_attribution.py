@@ -192,7 +192,7 @@ def test_bad_input_is_told():
     sae = ReLUSAE.random(5, 7, key=jax.random.key(0))
     cases = [
         (r"answer= .* or direction=", lambda: direct_logit_attribution(model, tokens)),
-        (r"answer=23 is no token: ids are integers from 0 to 22", lambda: direct_logit_attribution(model, tokens, 23)),
+        (r"answer is 23; the model's tokens are 0 to 22", lambda: direct_logit_attribution(model, tokens, 23)),
         (r"position=7, but the prompts have 7 tokens", lambda: direct_logit_attribution(model, tokens, 1, position=7)),
         (r"attn_out or what it is made of, not both", lambda: direct_logit_attribution(
             model, tokens, 1, sites=["attn_out", "attn_heads"])),

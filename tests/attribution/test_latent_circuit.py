@@ -166,5 +166,9 @@ def test_bad_input_is_told(planted):
     model, pair, reference = planted
     with pytest.raises(ValueError, match=r"No node has an effect of 20, 10 of the metric's difference; the largest"):
         latent_circuit(model, pair, SAES, reference, threshold=10.0)
+    with pytest.raises(ValueError, match="rows of 2 tokens or more"):
+        latent_circuit(model, pair, SAES, np.array([[1], [2]]))
+    with pytest.raises(ValueError, match=r"reference\[0, 1\] is 999"):
+        latent_circuit(model, pair, SAES, np.array([[1, 999]]))
     with pytest.raises(ValueError, match="no site 'mlp_out' in layer 0"):
         latent_circuit(model, pair, {(0, "mlp_out"): IDENTITY}, reference)

@@ -108,12 +108,14 @@ def test_gradients_are_finite_differences():
         assert float(gradient[0, position, latent]) == pytest.approx(slope, rel=2e-2, abs=2e-2)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_bad_input_is_told():
     model, sae = small_model(), random_sae(12, 5, 0)
     for message, saes in [
         (r"no site 'mlp_uot' in layer 0; there is resid_pre", {(0, "mlp_uot"): sae}),
         (r"no site 'mlp_out' in layer 3; there is nothing", {(3, "mlp_out"): sae}),
         (r"reads width 12 and gives 12; the site has shape \(1, 2, 10\)", {(0, "mlp_act"): sae}),
+        (r"given by \(layer, site\).*got 'mlp_out'", {"mlp_out": sae}),
         (r"There is no autoencoder", {}),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -76,7 +76,7 @@ def test_bad_input_is_told():
     for message, options in [
         (r"'q' is none of them", {"site": "q"}),
         (r"top=24; it must be 1 to 23", {"top": 24}),
-        (r"target=23 is no token: ids are 0 to 22", {"target": 23}),
+        (r"target is 23; the model's tokens are 0 to 22", {"target": 23}),
     ]:
         with pytest.raises(ValueError, match=message):
             logit_lens(model, tokens, **options)

@@ -7,6 +7,7 @@ import pytest
 from interp_jax.attribution.nodes import Effects, Node, Nodes, as_mask, every_stream_site, resolve, sites_of
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_families_have_the_models_shapes(tiny):
     stream, heads, probs, neurons, embed = resolve(
         tiny,
@@ -24,9 +25,11 @@ def test_families_have_the_models_shapes(tiny):
     np.testing.assert_allclose(whole_heads.summed(value), value.sum((0, 2)))
     assert resolve(tiny, Nodes("mlp_act", by=("neuron",)), seq=6)[0].by == ("unit",)
     assert {nodes.site for nodes in every_stream_site(tiny, 6)} >= {"q", "attn_probs", "mlp_act", "resid_post"}
+    assert resolve(tiny, Nodes("q", layers=np.int64(1)), seq=6)[0].layers == (1,)
     assert sites_of(tiny, 6) is sites_of(tiny, 6)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
@@ -35,6 +38,8 @@ def test_families_have_the_models_shapes(tiny):
         (Nodes("resid_post", by="head"), "no axis head; it has position, unit"),
         (Nodes("resid_post", layers=(1, 1)), "named twice"),
         (Nodes("resid_post", layers=()), "name no layer"),
+        ("resid_post", r"Expected Nodes, as Nodes\('resid_post', by='position'\), got 'resid_post'"),
+        (Node(0, "resid_post"), "Expected Nodes"),
         ([], "no nodes"),
         ([Nodes("q"), Nodes("q", by="head")], "have the site q"),
     ],

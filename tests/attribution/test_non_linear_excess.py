@@ -69,6 +69,26 @@ def test_a_whole_table_is_taken_apart_by_its_means():
     np.testing.assert_allclose(found.first_share + found.second_share + found.interaction_share, 1)
 
 
+def test_a_readout_that_does_not_vary_has_no_shares():
+    values, _ = table(np.random.default_rng(1), 0.0)
+    values = values.reshape(*values.shape[:2], -1)
+    values[..., 0] = 0.1
+    found = linear_structure(values)
+    for shares in (found.first_share, found.second_share, found.interaction_share):
+        assert shares[0] == 0
+        assert (shares[1:] > 0).all()
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_numbers_do_for_booleans():
+    rng = np.random.default_rng(0)
+    values, is_real = table(rng, 0.8)
+    of_numbers = linear_structure(values, is_real.astype(int))
+    np.testing.assert_array_equal(of_numbers.interaction, linear_structure(values, is_real).interaction)
+    readout, a, b = rng.normal(size=40), rng.integers(0, 2, 40), rng.integers(0, 2, 40)
+    assert non_linear_excess(readout, a, b) == non_linear_excess(readout, a > 0, b > 0)
+
+
 def test_what_only_real_pairs_have_is_their_excess():
     values, is_real = table(np.random.default_rng(2), 0.8)
     found = linear_structure(values, is_real)

@@ -89,6 +89,7 @@ def test_a_head_to_queries_of_a_later_layer(tiny, pair):
     assert found[0] == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_compiled_once_a_shape_and_bad_input():
     model, traces = counting(linear_model())
     pair = pair_of(CLEAN, CORRUPTED, 1, 4)
@@ -103,6 +104,10 @@ def test_compiled_once_a_shape_and_bad_input():
         path_patching(model, pair, [[]], receivers)
     with pytest.raises(ValueError, match="budget of 10"):
         path_patching(model, pair, senders, receivers, memory_budget=10)
+    with pytest.raises(ValueError, match="direction is one of noising, denoising; got 'denoise'"):
+        path_patching(model, pair, senders, receivers, direction="denoise")
+    with pytest.raises(ValueError, match="Expected sets of nodes"):
+        path_patching(model, pair, senders[0], receivers)
 
 
 def test_paths_that_are_none_are_refused(tiny, pair):

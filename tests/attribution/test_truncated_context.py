@@ -16,6 +16,7 @@ def by_hand(whole, short):
     return (whole * short).sum(-1) / np.linalg.norm(whole, axis=-1) / np.linalg.norm(short, axis=-1)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_similarities_by_hand():
     model, tokens = small_model(), small_tokens(batch=6)
     found = truncated_context_similarity(model, tokens, [3, 7])
@@ -29,6 +30,9 @@ def test_similarities_by_hand():
     np.testing.assert_allclose(found.mean, found.similarity.mean(-1))
     assert found.standard_error.shape == (2, 2)
     assert len(found.table().splitlines()) == 3
+    of_one = truncated_context_similarity(model, tokens, [3], layers=np.int64(1))
+    assert of_one.layers == (1,)
+    assert of_one.table().splitlines()[1].split() == ["1", f"{found.mean[0, 1]:.3f}"]
 
 
 def test_more_context_is_more_alike_in_a_trained_model():

@@ -159,6 +159,37 @@ def test_searches_find_what_is_there_at_their_cost():
 
 
 @pytest.mark.caches
+def test_scores_of_other_nodes_are_refused():
+    model, pair = linear_model(), pair_of((0, 3, 1, 2), (0, 4, 1, 5), 1, 4)
+    patching = Patching(model, pair, Nodes("attn_out"))
+    for other in (Nodes("mlp_out"), Nodes("attn_out", layers=[2, 1, 0])):
+        with pytest.raises(ValueError, match=r"The scores are of .* what is patched is attn_out by .* Resolve both"):
+            verify(patching, atp(model, pair, other), tolerance=0.1, budget=400)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first": 0}, "first=0; at least one node"),
+        ({"probability": 1.5}, "lie between 0 and 1, got 1.5 and 0.95"),
+        ({"confidence": 95.0}, "got 0.1 and 95"),
+        ({"n_subsets": 2}, "at least 4 subsets"),
+    ],
+)
+def test_wrong_options_are_told_before_anything_is_patched(options, message):
+    patching = Additive(HEAVY)
+    with pytest.raises(ValueError, match=message):
+        verify(patching, scores(HEAVY), tolerance=0.1, budget=400, **options)
+    assert patching.n_passes == 0
+
+
+def test_blocks_have_nodes():
+    with pytest.raises(ValueError, match="size=0"):
+        in_blocks(Additive(HEAVY), size=0)
+    with pytest.raises(ValueError, match="at_once=0"):
+        hierarchical(Additive(HEAVY), at_once=0)
+
+
 def test_it_works_on_a_patching_as_it_is():
     model, pair = linear_model(), pair_of((0, 3, 1, 2), (0, 4, 1, 5), 1, 4)
     patching = Patching(model, pair, [Nodes("mlp_out"), Nodes("attn_out")])

@@ -1,5 +1,6 @@
 """The page of `interp-jax attribute`, and its pictures: what is text stays text, and colours say what numbers say."""
 
+import dataclasses
 import io
 
 import matplotlib.image
@@ -42,6 +43,11 @@ def test_cells_say_what_the_numbers_are():
     wide = heat_map(np.ones((1, 40)), ["t"] * 40)
     assert {cell.text for _, row in wide.cells() for cell in row} == {""}
     assert all(cell.percent == 0 for _, row in heat_map(np.zeros((1, 3))).cells() for cell in row)
+
+
+def test_a_title_is_no_formula():
+    title = "change of the logit of '$\\\\' less that of '$', which is a long title that needs a second line at least"
+    assert heat_map_picture(dataclasses.replace(heat_map(), title=title)).content[:4] == b"\x89PNG"
 
 
 def test_the_picture_is_centred_at_zero():
