@@ -138,6 +138,8 @@ def pairs_of(given: Sequence[str | Pair | tuple[str, str]], member: str) -> list
     Raises:
         TypeError: they are given otherwise.
     """
+    if isinstance(given, str):
+        raise TypeError(f"The patches of {member} are a string; give a list: {member}=[before, after].")
     pairs: list[Pair] = []
     rest = list(given)
     while rest:

@@ -542,7 +542,13 @@ def imported_names(statement: str) -> dict[str, Any]:
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module or "")
                 if not hasattr(module, alias.name):
-                    importlib.import_module(f"{node.module}.{alias.name}")
+                    submodule = f"{node.module}.{alias.name}"
+                    try:
+                        importlib.import_module(submodule)
+                    except ModuleNotFoundError as error:
+                        if error.name != submodule:
+                            raise
+                        raise ImportError(f"{node.module} has no {alias.name!r}") from error
                 names[alias.asname or alias.name] = getattr(module, alias.name)
             else:
                 module = importlib.import_module(alias.name)

@@ -580,8 +580,12 @@ def test_errors_about_members_and_modules(module):
         Patcher(types.ModuleType("nowhere"), f=["x", "y"]).install()
     with pytest.raises(TypeError, match="lacks its other half"):
         Patcher(module, plain=["x + 1"])
+    with pytest.raises(TypeError, match="are a string; give a list: plain="):
+        Patcher(module, plain="ab")
     with pytest.raises(AlreadyImportedError, match="imported already"):
         Patcher(module, plain=ONE_MORE).install_on_import()
     with pytest.raises(PatchError, match="not one absolute import"):
         Patcher(module, plain=ONE_MORE, imports=["print(1)"]).install()
+    with pytest.raises(PatchError, match="from operator import nosuch: operator has no 'nosuch'"):
+        Patcher(module, plain=ONE_MORE, imports=["from operator import nosuch"]).install()
     assert module.plain(0) == 10
