@@ -23,6 +23,7 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
 
 IN_A_HURRY = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
@@ -58,3 +59,11 @@ def _leaks_are_checked(request: pytest.FixtureRequest):
             yield
     finally:
         gc.unfreeze()
+
+
+@pytest.fixture
+def without_type_checks():
+    """For tests of what a user is told who passes another type: nobody else has a type checker on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,7 +1,6 @@
 """The tiny model and a pair of prompts for it."""
 
 import jax
-import jaxtyping
 import pytest
 
 from interp_jax.attribution.prompt_pair import prompt_pair
@@ -18,14 +17,6 @@ def pair(tiny):
     return prompt_pair(
         tiny, "The city is the capital of the", "The war is the cause of the", answer=" United", wrong=" war"
     )
-
-
-@pytest.fixture
-def without_type_checks():
-    """For tests of what a user is told who passes another type: nobody else has a type checker on."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
