@@ -52,12 +52,12 @@ class LatentEdges:
     bias: Float[np.ndarray, "n_targets seq"]
     """The edge from its decoder's bias."""
 
-    def ranked(self, target: int = 0, k: int = 10) -> list[tuple[float, int, int]]:
+    def ranked(self, k: int = 10, target: int = 0) -> list[tuple[float, int, int]]:
         """The largest edges from latents into one target.
 
         Args:
-            target: Which, as a place in `targets`.
             k: How many at most.
+            target: Which, as a place in `targets`.
 
         Returns:
             (edge, position, latent) of each, the largest by size first.

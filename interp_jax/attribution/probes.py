@@ -59,12 +59,23 @@ class Probes:
     majority: float
     """What guessing the commoner label would reach."""
 
-    def table(self) -> str:
-        """Accuracies with their standard errors: a line a layer, a column a position, where places are those two."""
+    def table(self, layers: Sequence[int | None] | None = None) -> str:
+        """Accuracies with their standard errors: a line a layer, a column a position, where places are those two.
+
+        Args:
+            layers: what the layers are called, where they are not all that there are.
+
+        Raises:
+            ValueError: if there are not as many as lines.
+        """
+        by_layer = [each.reshape(len(each), -1) for each in map(np.atleast_1d, (self.accuracy, self.standard_error))]
+        names = range(len(by_layer[0])) if layers is None else layers
+        if len(names) != len(by_layer[0]):
+            raise ValueError(f"There are probes of {len(by_layer[0])} layers, and {len(names)} names of layers.")
         lines = [f"layer  accuracy (guessing: {self.majority:.3f})"]
-        for layer, (accuracies, errors) in enumerate(zip(self.accuracy, self.standard_error, strict=True)):
-            pairs = zip(np.atleast_1d(accuracies), np.atleast_1d(errors), strict=True)
-            lines.append(f"{layer:>5}  " + "  ".join(f"{accuracy:.3f} ± {error:.3f}" for accuracy, error in pairs))
+        for layer, accuracies, errors in zip(names, *by_layer, strict=True):
+            pairs = zip(accuracies, errors, strict=True)
+            lines.append(f"{layer!s:>5}  " + "  ".join(f"{accuracy:.3f} ± {error:.3f}" for accuracy, error in pairs))
         return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ def test_an_edge_is_the_codes_value_times_a_finite_difference():
     np.testing.assert_allclose(found.codes, [run(at[up])[target] for target in targets], atol=1e-4)
     step = 1e-2
     for number, target in enumerate(targets):
-        for edge, position, latent in found.ranked(number, 3):
+        for edge, position, latent in found.ranked(3, number):
             change = np.zeros_like(at[up])
             change[0, position] = step * np.asarray(sae.W_dec[...])[latent]
             slope = float(run(at[up] + change)[target] - run(at[up] - change)[target]) / (2 * step)

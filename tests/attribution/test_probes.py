@@ -67,6 +67,9 @@ def test_accuracy_and_its_errors():
     assert (found.accuracy <= found.high).all()
     np.testing.assert_allclose((found.high - found.low) / 3.92, found.standard_error, rtol=0.3, atol=2e-3)
     np.testing.assert_allclose(found.accuracies.mean(0), found.accuracy, atol=1e-6)
+    assert found.table([3, 7][: len(found.accuracy)]).splitlines()[1].split()[0] == "3"
+    with pytest.raises(ValueError, match="4 names of layers"):
+        found.table([0, 1, 2, 3])
     lines = found.table().splitlines()
     assert f"{found.accuracy[1, 0]:.3f} ± {found.standard_error[1, 0]:.3f}" in lines[2]
 
