@@ -80,6 +80,9 @@ def run(
         raise ValueError("Name the folder of one autoencoder or more; `interp-jax sae train` makes one.")
     if not l0s or min(l0s) < 1:
         raise ValueError(f"--l0 {' '.join(map(str, l0s))}: expected numbers of latents a token, 1 or more each.")
+    if n_held_out < 1:
+        raise ValueError(f"--n-held-out {n_held_out} leaves nothing to judge by; pass 8 rows of --context or more.")
+    l0s = tuple(dict.fromkeys(l0s))
     paths = [path.resolve() for path in paths]
     saes = {path.parent.name if path.name == "sae" else path.name: load_sae(path) for path in paths}
     if len(saes) < len(paths):

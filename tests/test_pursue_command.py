@@ -86,6 +86,8 @@ def test_what_cannot_be_pursued_is_told_before_the_model_is_loaded(folder, tmp_p
     }
     with pytest.raises(ValueError, match="one autoencoder or more"):
         pursue_command.run([], model_name="tiny", l0s=(4,), **options)
+    with pytest.raises(ValueError, match="--n-held-out 0 leaves nothing to judge by"):
+        pursue_command.run([folder], model_name="tiny", l0s=(4,), **options | {"n_held_out": 0})
     with pytest.raises(ValueError, match="--l0 4 0: expected numbers of latents"):
         pursue_command.run([folder], model_name="tiny", l0s=(4, 0), **options)
     with pytest.raises(ValueError, match="has 96 latents, fewer than the l0 of 97"):

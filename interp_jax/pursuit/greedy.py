@@ -85,6 +85,8 @@ def pursue(
     batch = signals.shape[:-1]
     if not isinstance(l0, int | np.integer):
         l0 = jnp.asarray(l0)
+    elif max_l0 is not None:
+        l0 = min(l0, max_l0)
     size = l0 if max_l0 is None else max_l0
     if not jnp.issubdtype(jnp.result_type(l0), jnp.integer):
         raise ValueError(f"l0 has dtype {jnp.result_type(l0)}; expected whole numbers: the most atoms of a signal.")
@@ -174,7 +176,9 @@ def _pursue(
     if dictionary.dtype != jnp.bfloat16:
         dtype = jnp.promote_types(dtype, dictionary.dtype)
         dictionary = dictionary.astype(dtype)
-    limits = jnp.broadcast_to(jnp.minimum(limits.astype(jnp.int32), l0), batch).reshape(-1)
+    if jnp.iinfo(limits.dtype).max > l0:  # in their own dtype: an unsigned one may hold what int32 does not
+        limits = jnp.minimum(limits, l0)
+    limits = jnp.broadcast_to(limits.astype(jnp.int32), batch).reshape(-1)
     rows = signals.reshape(-1, signals.shape[-1]).astype(dtype)
     search = functools.partial(_search, method=method, l0=l0, nonnegative=nonnegative, tolerance=tolerance)
     is_sound = jnp.all(jnp.isfinite(jax.lax.stop_gradient(dictionary)))

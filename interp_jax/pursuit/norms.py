@@ -8,7 +8,7 @@ __all__ = ["norm", "safe_inverse"]
 
 
 def norm(vectors: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
-    """Norms over the last axis that neither overflow nor underflow, with gradient zero at zero.
+    """Norms over the last axis that neither overflow nor underflow, with gradient zero at zero; NaN where one is.
 
     Args:
         vectors: the vectors.
@@ -18,7 +18,8 @@ def norm(vectors: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
     largest = jnp.minimum(largest, jnp.finfo(vectors.dtype).max / 8)
     is_zero = largest == 0
     squares = jnp.sum(jnp.square(vectors / jnp.where(is_zero, 1, largest)), axis=-1)
-    is_zero, largest = is_zero[..., 0], largest[..., 0]
+    # XLA for CPU leaves a NaN out of a maximum where it computes several numbers at once; a sum does not.
+    is_zero, largest = is_zero[..., 0] & (squares == 0), largest[..., 0]
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares)) * largest)
 
 

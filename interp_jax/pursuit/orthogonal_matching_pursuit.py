@@ -87,7 +87,7 @@ def kkt_violation(
     """How far a code is from the best non-negative weights on its own atoms; zero at the optimum.
 
     The largest of what must vanish there: a negative weight, and the residual's correlation with an atom in use, each
-    as a share of the signal's norm, for atoms of norm one.
+    as a share of the signal's norm, for atoms of norm one. NaN for a signal with a NaN.
 
     Args:
         code: the code.
@@ -96,12 +96,14 @@ def kkt_violation(
     """
     # All of norm one first: products of small or of large numbers would leave the dtype's range.
     atoms, signals = (value.astype(code.weights.dtype) for value in (dictionary[code.indices], signals))
-    norms, inverse_scales = norm(atoms), safe_inverse(norm(signals))[..., None]
+    norms, scales = norm(atoms), norm(signals)
+    inverse_scales = safe_inverse(scales)[..., None]
     units, weights = atoms * safe_inverse(norms)[..., None], code.weights * norms * inverse_scales
     residual = signals * inverse_scales - jnp.einsum("...k,...kd->...d", weights, units, precision=PRECISE)
     correlations = jnp.einsum("...kd,...d->...k", units, residual, precision=PRECISE)
     violations = jnp.maximum(jnp.abs(correlations), jnp.maximum(0, -weights))
-    return jnp.max(jnp.where(code.indices >= 0, violations, 0), axis=-1, initial=0)
+    largest = jnp.max(jnp.where(code.indices >= 0, violations, 0), axis=-1, initial=0)
+    return jnp.where(jnp.isnan(scales), jnp.nan, largest)
 
 
 def _times(matrix: Float[Array, "batch l0 l0"], vector: Float[Array, "batch l0"]) -> Float[Array, "batch l0"]:

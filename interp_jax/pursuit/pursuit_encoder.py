@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from interp_jax.pursuit.gradient_pursuit import gradient_pursuit
@@ -29,6 +30,14 @@ class PursuitEncoder(SparseCoder):
 
         Args:
             x: activations.
+
+        Raises:
+            ValueError: if they are of another width than the autoencoder's.
         """
         self.check()
+        if jnp.shape(x)[-1:] != (self.sae.d_in,):
+            raise ValueError(
+                f"The activations have the shape {jnp.shape(x)}; expected [..., {self.sae.d_in}], the autoencoder's "
+                "d_in."
+            )
         return self.method(x - self.sae.b_dec[...], self.sae.W_dec[...], self.l0)

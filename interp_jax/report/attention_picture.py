@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from interp_jax.report.drawing import as_picture, drawing, shortened
+from interp_jax.report.drawing import as_picture, drawing, shortened, wrapped
 from interp_jax.report.picture import Picture
 
 __all__ = ["attention_picture"]
@@ -26,13 +26,16 @@ def attention_picture(patterns: Any, labels: Sequence[str] | None = None, *, tit
         title: written above.
 
     Raises:
-        ValueError: for an array of another rank, or another number of labels than of positions.
+        ValueError: for an array of another rank or an empty one, labels that are no texts, or another number of labels
+            than of positions.
     """
     values = np.asarray(patterns, np.float32)
-    if values.ndim != 3:
+    if values.ndim != 3 or not values.size:
         raise ValueError(
             f"patterns have shape {values.shape}; expected [heads, query, key]: those of one layer and prompt."
         )
+    if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
+        raise ValueError("labels must be texts, one a token: model.tokenizer.readable(tokens) gives those of ids.")
     n_heads, n_queries, n_keys = values.shape
     names = list(map(str, range(n_keys))) if labels is None else [shortened(label, 14) for label in labels]
     if len(names) != n_keys or n_queries != n_keys:
@@ -58,5 +61,5 @@ def attention_picture(patterns: Any, labels: Sequence[str] | None = None, *, tit
         grid[-1, 0].set_xlabel("key")
         if image is not None:
             figure.colorbar(image, ax=grid, label="attention probability", fraction=0.03)
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(wrapped(title, figure.get_figwidth()), fontsize=9)
         return as_picture(figure)

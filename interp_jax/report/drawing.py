@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import textwrap
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from interp_jax.report.picture import Picture
 
-__all__ = ["as_picture", "drawing", "shortened"]
+__all__ = ["as_picture", "drawing", "shortened", "wrapped"]
 
 _STYLE: dict[Any, Any] = {"text.parse_math": False, "font.size": 9}
 
@@ -43,3 +44,13 @@ def shortened(label: str, most: int = 24) -> str:
         most: characters that there is room for.
     """
     return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def wrapped(title: str, inches: float) -> str:
+    """A title in as many lines as it takes. Matplotlib's own wrapping would read a $ in it as the start of a formula.
+
+    Args:
+        title: in letters of nine points.
+        inches: how wide the figure is.
+    """
+    return "\n".join(textwrap.fill(line, int(14 * inches)) for line in title.splitlines())

@@ -4,7 +4,6 @@ The colour scale diverges and is centred at 0, so that no effect has the ground'
 """
 
 import dataclasses
-import textwrap
 
 import numpy as np
 from jaxtyping import Float
@@ -12,7 +11,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from interp_jax.attribution.nodes import Effects
-from interp_jax.report.drawing import as_picture, drawing, shortened
+from interp_jax.report.drawing import as_picture, drawing, shortened, wrapped
 from interp_jax.report.picture import Picture
 
 __all__ = ["HeatMap", "HeatMapCell", "effects_picture", "heat_map_picture"]
@@ -78,8 +77,8 @@ class HeatMap:
 
     @property
     def largest(self) -> float:
-        """The largest size of an effect, where the colours are full."""
-        return max(float(np.abs(self.values).max(initial=0.0)), 1e-12)
+        """The largest size of a finite effect, where the colours are full."""
+        return max(float(np.abs(self.values[np.isfinite(self.values)]).max(initial=0.0)), 1e-12)
 
     def cells(self) -> list[tuple[str, list[HeatMapCell]]]:
         """The rows with their labels."""
@@ -88,9 +87,9 @@ class HeatMap:
         for layer, row in zip(self.layers, self.values.tolist(), strict=True):
             cells = [
                 HeatMapCell(
-                    f"{value:.2f}" if with_numbers and abs(value) >= _SMALLEST * self.largest else "",
+                    f"{value:.2f}" if with_numbers and not abs(value) < _SMALLEST * self.largest else "",
                     f"layer {layer}, {self.axis} {place}{'' if label == str(place) else f', {label}'}: {value:+.4g}",
-                    round(100 * abs(value) / self.largest),
+                    0 if np.isnan(value) else round(100 * min(abs(value) / self.largest, 1.0)),
                     value > 0,
                 )
                 for place, (label, value) in enumerate(zip(self.columns, row, strict=True))
@@ -129,14 +128,13 @@ def heat_map_picture(heat_map: HeatMap) -> Picture:
         figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
         axes = figure.subplots()
         norm = TwoSlopeNorm(0.0, -heat_map.largest, heat_map.largest)
+        axes.set_facecolor("0.6")  # which a NaN shows; white is the colour of zero
         image = axes.imshow(heat_map.values, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
         axes.set_xticks(range(n_columns), [shortened(label) for label in heat_map.columns], rotation=90)
         every = max(1, -(-n_layers // 40))
         axes.set_yticks(range(0, n_layers, every), heat_map.layers[::every])
         axes.set_ylabel("layer")
         axes.set_xlabel(heat_map.axis)
-        # Wrapped here: Matplotlib's own wrapping reads a $ of the text as the start of a formula.
-        lines = [textwrap.fill(line, int(14 * width)) for line in heat_map.title.splitlines()]
-        axes.set_title("\n".join(lines), fontsize=9)
+        axes.set_title(wrapped(heat_map.title, width), fontsize=9)
         figure.colorbar(image, ax=axes, label="effect", fraction=0.05)
         return as_picture(figure)

@@ -80,11 +80,12 @@ def latent_dashboards(
     """
     tokens, activations = np.asarray(tokens), np.asarray(activations)
     latents = [int(latent) for latent in latents]
-    if activations.shape != (*tokens.shape, len(latents)) or len(directions) != len(latents):
+    of_latents = len(latents), language_model.d_model
+    if activations.shape != (*tokens.shape, len(latents)) or np.shape(directions) != of_latents:
         raise ValueError(
-            f"Tokens {tokens.shape}, activations {activations.shape}, {len(latents)} latents and {len(directions)} "
-            "directions do not fit together; expected activations [rows, context, latents], here "
-            f"{(*tokens.shape, len(latents))}."
+            f"Tokens {tokens.shape}, activations {activations.shape}, {len(latents)} latents and directions "
+            f"{np.shape(directions)} do not fit together; expected activations [rows, context, latents], here "
+            f"{(*tokens.shape, len(latents))}, and directions {of_latents}."
         )
     dashboards = []
     for i, (latent, (up, down)) in enumerate(

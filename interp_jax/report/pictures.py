@@ -335,7 +335,8 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
         # The page's font draws the text in the end, so a glyph that matplotlib's font lacks is no loss.
         warnings.filterwarnings("ignore", message=".*missing from font.*")
         figure.savefig(file, format="svg", metadata=nothing, transparent=True)
-    text = file.getvalue()
+    # XML has no way to write control characters, which tokens and names may hold.
+    text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", file.getvalue())
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pursuit_problems import KINDS, check_gradients, check_invariants, check_never_grows, hard_problem, problem
 from sklearn.linear_model import orthogonal_mp
 
-from interp_jax.pursuit import gradient_pursuit, greedy
+from interp_jax.pursuit import gradient_pursuit, greedy, kkt_violation, orthogonal_matching_pursuit
 
 pytestmark = pytest.mark.caches  # a pursuit is compiled once for each size, not for each call
 
@@ -173,6 +173,25 @@ def test_the_gradient_at_zero_directions_is_finite():
 
     for gradient in jax.grad(objective, argnums=(0, 1))(signals, dictionary):
         assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("pursuit", [gradient_pursuit, orthogonal_matching_pursuit])
+@pytest.mark.parametrize("fill", [jnp.nan, 0.0])
+def test_a_nan_is_told_in_batches_of_any_size(pursuit, fill):
+    """Of 1,500 rows XLA for CPU takes several maxima at once, and leaves NaN out of them."""
+    dictionary = jax.random.normal(jax.random.key(0), (32, 16))
+    signals = jax.random.normal(jax.random.key(1), (1500, 16)).at[8].set(fill).at[8, 1].set(jnp.nan)
+    code = pursuit(signals, dictionary, 2)
+    np.testing.assert_array_equal(jnp.isnan(code.residual_norm), np.arange(1500) == 8)
+    np.testing.assert_array_equal(jnp.isnan(kkt_violation(code, signals, dictionary)), np.arange(1500) == 8)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_count_beyond_the_range_of_int32_is_as_many_as_there_may_be():
+    counts = jnp.asarray(np.array([1, 2**32 - 1, 4], np.uint32))
+    code = gradient_pursuit(jnp.ones((3, 8)), jnp.eye(8), counts, max_l0=4)
+    np.testing.assert_array_equal(code.l0_reached, [1, 4, 4])
+    np.testing.assert_array_equal(gradient_pursuit(jnp.ones((1, 8)), jnp.eye(8), 2**40, max_l0=5).l0_reached, [5])
 
 
 def test_a_signal_with_nan_spoils_only_its_own_code():

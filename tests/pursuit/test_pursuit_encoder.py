@@ -73,3 +73,9 @@ def test_the_largest_codes_of_an_encoder(sae, x):
     np.testing.assert_array_equal(every.l0_reached, (dense > 0).sum(1))
     with pytest.raises(ValueError, match="l0 is 61; expected 1 to 60"):
         topk_encode(sae, x, 61)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (5, 1), (1,)])
+def test_another_width_is_told(sae, shape):
+    with pytest.raises(ValueError, match=r"expected \[..., 24\], the autoencoder's d_in"):
+        PursuitEncoder(sae, 4)(jnp.ones(shape))

@@ -45,6 +45,24 @@ def test_cells_say_what_the_numbers_are():
     assert all(cell.percent == 0 for _, row in heat_map(np.zeros((1, 3))).cells() for cell in row)
 
 
+def test_what_is_not_finite_stands_out_and_spoils_no_other_cell():
+    values = np.array([[1.0, np.nan], [-2.0, np.inf]])
+    (_, first), (_, second) = heat_map(values, "ab").cells()
+    assert [cell.percent for cell in first + second] == [50, 0, 100, 100]
+    assert [cell.text for cell in first + second] == ["1.00", "nan", "-2.00", "inf"]
+    assert "layer 0, position 1, b: +nan" in attribution_page_of(heat_map(values, "ab"))
+    picture = matplotlib.image.imread(io.BytesIO(heat_map_picture(heat_map(values, "ab")).content))[..., :3]
+    assert (np.abs(picture - 0.6).max(-1) < 0.01).mean() > 0.05  # grey, where white is zero
+
+
+def attribution_page_of(shown):
+    setting = {
+        "model": "m", "model_dtype": "float32", "method": "atp", "site": "resid_post", "question": "", "metric": "",
+        "clean": 1.5, "corrupted": -0.5, "tokens": [],
+    }  # fmt: skip
+    return attribution_page(setting=setting, ranked=[], heat_maps=[shown])
+
+
 def test_a_title_is_no_formula():
     title = "change of the logit of '$\\\\' less that of '$', which is a long title that needs a second line at least"
     assert heat_map_picture(dataclasses.replace(heat_map(), title=title)).content[:4] == b"\x89PNG"

@@ -50,6 +50,13 @@ def test_every_method_on_a_frontier_has_a_mark_of_its_own():
     assert len(shapes) == 2 * 12 + 2  # hollow and in the legend, and a tick of each axis
 
 
+def test_control_characters_leave_a_picture_well_formed():
+    point = FrontierPoint("a\x1b\x00b & <c>", 1.0, 0.5, (0.2, 0.8), 3.0, (2.9, 3.1), True)
+    content = str(steering_frontier([point]))
+    xml.etree.ElementTree.fromstring(content)
+    assert "a\ufffd\ufffdb &amp; &lt;c&gt;" in content
+
+
 def test_histogram_says_how_many_latents_are_dead():
     picture = density_histogram([0.0] * 3 + [0.01] * 7)
     assert "density of 7 latents; 3 of 10 are never active" in picture

@@ -79,6 +79,7 @@ def test_the_lens_is_darker_where_the_model_is_surer(tiny):
         logit_lens_picture(logit_lens(tiny, tokens), row=1)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_attention_is_a_square_a_head(tiny):
     ids = tiny.encode_prompt("The city is one of the largest")
     patterns = attention_patterns(tiny, jnp.array([ids]))
@@ -89,6 +90,12 @@ def test_attention_is_a_square_a_head(tiny):
         attention_picture(patterns[0])
     with pytest.raises(ValueError, match="2 labels"):
         attention_picture(patterns[0, 0], ["a", "b"])
+    for wrong in ([5, 7], "ab"):
+        with pytest.raises(ValueError, match=r"labels must be texts, one a token: model.tokenizer.readable"):
+            attention_picture(np.ones((1, 2, 2)), wrong)
+    for empty in (np.zeros((0, 2, 2)), np.zeros((2, 0, 0))):
+        with pytest.raises(ValueError, match="patterns have shape"):
+            attention_picture(empty)
 
 
 def test_a_frontier_stands_alone():
