@@ -34,7 +34,7 @@ from jax.extend.core import primitives as jex_primitives
 
 from interp_jax.instrument.sow import MODES, Listener, controls, edit_p, is_heard, is_silent, sow_p
 
-__all__ = ["Level", "ReapError", "Slot", "bind", "interpret", "sown_in"]
+__all__ = ["Level", "ReapError", "Slot", "as_varying", "bind", "interpret", "sown_in"]
 
 Path = tuple[Hashable, ...]
 Key = tuple[Hashable, Path]  # the tag and the path
@@ -62,10 +62,10 @@ class _Aval:
         return cls(aval.shape, aval.dtype, aval.manual_axis_type.varying)
 
     def zeros(self) -> jax.Array:
-        return _varying(jax.lax.full(self.shape, 0, self.dtype), self.varying)
+        return as_varying(jax.lax.full(self.shape, 0, self.dtype), self.varying)
 
 
-def _varying(value: Any, axes: Iterable[Hashable]) -> Any:
+def as_varying(value: Any, axes: Iterable[Hashable]) -> Any:
     """The same value, typed as one that may differ over the axes: a carried value must keep its type."""
     missing = tuple(axis for axis in axes if axis not in jax.typeof(value).manual_axis_type.varying)
     return jax.lax.pcast(value, missing, to="varying") if missing else value
@@ -82,6 +82,8 @@ class Slot:
     """The shape of the sow's predicate; () too where it has none."""
     scans: int | None = None
     """How many layer scans stand around the equation, for what is handed out by them alone."""
+    fronts: tuple[int, ...] = ()
+    """For each leading axis that is a batch's: in front of what so many scans around will stack it belongs."""
 
     @property
     def is_state(self) -> bool:
@@ -95,12 +97,44 @@ class Slot:
         avals = tuple(_Aval((*sizes, *aval.shape), aval.dtype, aval.varying) for aval in self.avals)
         return dataclasses.replace(self, avals=avals)
 
+    def here(self, leaves: Sequence[Any]) -> "Slot":
+        """The slot as it is seen inside the equation, where a device of a `shard_map` holds its own part."""
+        return dataclasses.replace(self, avals=tuple(_Aval.of(jax.typeof(leaf)) for leaf in leaves))
+
+    def or_other(self, other: "Slot") -> "Slot":
+        """The slot where either of the two is sown: it differs from device to device if one of them does."""
+        avals = tuple(
+            dataclasses.replace(aval, varying=aval.varying | more.varying)
+            for aval, more in zip(self.avals, other.avals, strict=False)  # branches that disagree are told elsewhere
+        )
+        return dataclasses.replace(self, avals=avals) if len(avals) == len(self.avals) else self
+
+    def on_devices(self, sizes: Sequence[int]) -> "Slot":
+        """The slot outside a `shard_map`, whose devices have a value each."""
+        avals = tuple(_Aval((*sizes, *aval.shape), aval.dtype) for aval in self.avals)
+        return dataclasses.replace(self, avals=avals, pred_shape=(*sizes, *self.pred_shape))
+
     def outside_scan(self, length: int) -> "Slot":
         scans = None if self.scans is None else self.scans - 1
-        return dataclasses.replace(self if self.is_state else self.stacked(length), scans=scans)
+        if self.is_state:
+            return dataclasses.replace(self, scans=scans)
+        at = self.stack_axis
+        avals = tuple(
+            dataclasses.replace(aval, shape=(*aval.shape[:at], length, *aval.shape[at:])) for aval in self.avals
+        )
+        fronts = tuple(count - 1 for count in self.fronts[:at])
+        return dataclasses.replace(self, avals=avals, scans=scans, fronts=fronts)
+
+    @property
+    def stack_axis(self) -> int:
+        """Where a scan around stacks the iterations: in front, but for the axes of vmaps around the scan."""
+        return sum(count > 0 for count in self.fronts)
 
     def zeros(self) -> list[jax.Array]:
         return [aval.zeros() for aval in self.avals]
+
+    def typed(self, leaves: Sequence[Any]) -> list[Any]:
+        return [as_varying(leaf, aval.varying) for leaf, aval in zip(leaves, self.avals, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +163,7 @@ def _contents(jaxpr: Any) -> _Contents:
                 params = eqn.params
                 avals = tuple(_Aval.of(var.aval) for var in eqn.outvars)
                 pred_shape = eqn.invars[0].aval.shape if params["has_pred"] else ()
-                slot = Slot(params["mode"], params["tree"], avals, pred_shape, params["scans"])
+                slot = Slot(params["mode"], params["tree"], avals, pred_shape, params["scans"], params["fronts"])
                 sown[params["tag"], params["path"]] = slot if params["slots"] is None else slot.stacked(params["slots"])
             elif eqn.primitive is edit_p:
                 is_edited = True
@@ -171,7 +205,7 @@ def sown_in_equation(primitive: Any, params: dict[str, Any]) -> dict[Key, Slot]:
     found: dict[Key, Slot] = {}
     for inner in jex.jaxprs_in_params(params):
         for key, slot in sown_in(inner).items():
-            found.setdefault(key, slot)
+            found[key] = found[key].or_other(slot) if key in found else slot
     if not found:
         return found
     if primitive is jex_primitives.scan_p:
@@ -179,12 +213,7 @@ def sown_in_equation(primitive: Any, params: dict[str, Any]) -> dict[Key, Slot]:
         return {key: slot.outside_scan(length) for key, slot in found.items()}
     if primitive.name == "shard_map":
         sizes = [params["mesh"].shape[axis] for axis in manual_axes(params)]
-        return {
-            key: dataclasses.replace(
-                slot, avals=tuple(_Aval((*sizes, *aval.shape), aval.dtype) for aval in slot.avals), pred_shape=()
-            )
-            for key, slot in found.items()
-        }
+        return {key: slot if slot.mode == "ask" else slot.on_devices(sizes) for key, slot in found.items()}
     return found
 
 
@@ -296,7 +325,7 @@ class Level:
         pred = operands[0] if params["has_pred"] else None
         if self.purpose.handles(key, mode):
             avals = tuple(_Aval.of(jax.typeof(leaf)) for leaf in leaves)
-            slot = Slot(mode, params["tree"], avals, _shape(pred), params["scans"])
+            slot = Slot(mode, params["tree"], avals, _shape(pred), params["scans"], params["fronts"])
             self.meet(key, slot)
             if key in self.planted:
                 planted = self.planted[key]
@@ -331,7 +360,8 @@ class Level:
             )
         if old is not None:
             leaves = [
-                _varying(leaf, jax.typeof(was).manual_axis_type.varying) for leaf, was in zip(leaves, old, strict=True)
+                as_varying(leaf, jax.typeof(was).manual_axis_type.varying)
+                for leaf, was in zip(leaves, old, strict=True)
             ]
         if pred is not None:
             leaves = [_where(pred, *pair) for pair in zip(leaves, old or slot.zeros(), strict=True)]
@@ -351,7 +381,8 @@ class Level:
             note = _note(slot)
             _, before = self.reaped.get(_note_key(key), (None, note.zeros()))
             now = jnp.ones(note.avals[0].shape, bool) if pred is None else before[0] | pred
-            self.reaped[_note_key(key)] = (note, [now])
+            axes = note.avals[0].varying | jax.typeof(before[0]).manual_axis_type.varying
+            self.reaped[_note_key(key)] = (note, [as_varying(now, axes)])
 
     def slots(self, primitive: Any, params: dict[str, Any]) -> dict[Key, Slot]:
         """What this level must see to inside an equation."""
@@ -378,7 +409,7 @@ class Level:
             written = self.reaped.get(_note_key(key))
             pred = [] if written is None else written[1]
             params = {"tag": key[0], "path": key[1], "mode": slot.mode, "tree": slot.tree, "has_pred": bool(pred)}
-            sow_p.bind(*pred, *leaves, **params, slots=None, scans=None)
+            sow_p.bind(*pred, *leaves, **params, slots=None, scans=None, fronts=slot.fronts)
 
 
 def _fitting(value: Any, slot: Slot, path: Path) -> list[Any]:
@@ -401,7 +432,7 @@ def _fitting_leaf(leaf: Any, aval: _Aval, path: Path) -> Any:
             f"{in_words(path)!r} is sown with shape {aval.shape} and dtype {aval.dtype}, but shape {shape} and dtype "
             f"{dtype} is planted"
         )
-    return leaf
+    return as_varying(leaf, aval.varying)
 
 
 class OutOfReach(Level):
@@ -528,12 +559,14 @@ class Crossing:
         level = Level(
             self.purpose,
             dict(zip(self.planted, planted, strict=True)),
-            {key: (slot, leaves) for (key, slot), leaves in zip(self.state.items(), state, strict=True)},
+            {key: (slot.here(leaves), leaves) for (key, slot), leaves in zip(self.state.items(), state, strict=True)},
         )
         outs = interpret(jaxpr, args, level)
         after = [level.reaped[key][1] for key in self.state]
         # A branch of a cond may leave out what another saves.
-        once = [level.reaped[key][1] if key in level.reaped else slot.zeros() for key, slot in self.once.items()]
+        once = [
+            slot.typed(level.reaped[key][1]) if key in level.reaped else slot.zeros() for key, slot in self.once.items()
+        ]
         return outs, after, once
 
     def leave(self, level: Level, state: Values, once: Values) -> None:

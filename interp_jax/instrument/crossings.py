@@ -130,6 +130,11 @@ def _scan(crossing: Crossing, params: Params, args: list[Any], state: Values, pl
         (xs, slices),
         **{name: params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in params},
     )
+    inside = sown_in(params["jaxpr"])
+    once = [
+        [jnp.moveaxis(leaf, 0, inside[key].stack_axis) for leaf in leaves]
+        for key, leaves in zip(crossing.once, once, strict=True)
+    ]
     return [*values, *ys], state, once
 
 
@@ -212,20 +217,33 @@ def _check_alike(key: Key, slot: Slot, other: Slot) -> None:
 
 @_crosses("shard_map")
 def _shard_map(crossing: Crossing, params: Params, args: list[Any], state: Values, planted: Values) -> Results:
-    """Each device has values of its own: outside they stand stacked, one leading axis a manual axis of the mesh."""
+    """Each device has values of its own: outside they stand stacked, one leading axis a manual axis of the mesh.
+
+    What is asked for is the same on all.
+    """
+    for (_, path), slot in crossing.slots.items():
+        if slot.mode == "slot":
+            raise ReapError(
+                f"{in_words(path)} stands in a layer_scan in a shard_map, which gradients of layers cannot leave: put "
+                "ij.gradients inside the shard_map, or write the layer_scan as a Python loop"
+            )
     axes = manual_axes(params)
-    stacked = jax.sharding.PartitionSpec(*axes)
+    stacked, replicated = jax.sharding.PartitionSpec(*axes), jax.sharding.PartitionSpec()
+    is_asked = [slot.mode == "ask" for slot in crossing.planted.values()]
+
+    def own(values: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[len(axes) :]), values)
 
     def function(args: Any, state: Any, planted: Any) -> Any:
-        inner = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[len(axes) :]), (state, planted))
-        outs, state, once = crossing.run(params["jaxpr"], args, *inner)
+        parts = [whole if asked else own(whole) for asked, whole in zip(is_asked, planted, strict=True)]
+        outs, state, once = crossing.run(params["jaxpr"], args, own(state), parts)
         state, once = jax.tree.map(lambda leaf: jnp.reshape(leaf, (1,) * len(axes) + jnp.shape(leaf)), (state, once))
         return outs, state, once
 
     return jax.shard_map(
         function,
         mesh=params["mesh"],
-        in_specs=(list(params["in_specs"]), stacked, stacked),
+        in_specs=(list(params["in_specs"]), stacked, [replicated if asked else stacked for asked in is_asked]),
         out_specs=(list(params["out_specs"]), stacked, stacked),
         axis_names=set(axes),
         check_vma=params["check_vma"],

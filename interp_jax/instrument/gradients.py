@@ -1,9 +1,10 @@
 """Gradients of a scalar with respect to activations, in one backward pass.
 
-Every wanted site is tapped: an identity whose derivative rule sows the gradient that comes back through it, and a
-harvest around the backward pass collects what was sown. So nothing is added to the forward pass, a gradient is as large
-as its activation and no larger, and it comes out of whatever the site stands in, as a saved value does: through `jit`,
-`checkpoint` and `vmap` as it is (the batch axis first), from a bare `scan` stacked over the iterations.
+Every wanted site is tapped (`tap.py`): an identity that sows the gradient that comes back through it, and a harvest
+around the backward pass collects what was sown. So nothing is added to the forward pass, a gradient is as large as its
+activation and no larger, and it comes out of whatever the site stands in, as a saved value does: through `jit`,
+`checkpoint` and `vmap` as it is (the batch axis first), from a bare `scan` stacked over the iterations, from
+`shard_map` stacked over the devices.
 
 What is differentiated is a scalar zero that every tap takes beside its value. What no tap precedes does not depend
 on it, and keeps nothing for the backward pass. A scan over layers depends on it from its first iteration, whichever
@@ -13,17 +14,18 @@ What bites:
 
 * A function inside the model must not close over that zero: JAX's caches would keep it with the function. A tap asks
   for it by a sow, and it is planted (`harvest.plant`) from outside.
-* The model may differentiate itself. A tap sows in the derivative with respect to its zero only, and is the identity in
-  others.
-* Taps have a rule for reverse mode only: `jax.jvp` of a function that calls `gradients` is an error of JAX's,
-  `jax.grad` of it is fine.
+* The model may differentiate itself, forward and backward. A tap sows in the derivative with respect to its zero only,
+  and is the identity in others.
 * From a layer scan the gradients leave in a buffer of its own, which the backward pass carries. Another scan around the
-  layer scan, or in its body around the site, would overwrite it: that is an error.
-* The zero is a scalar, and `shard_map` takes planted values by their leading axis: a site in one is an error.
+  layer scan, or in its body around the site, would overwrite it, and a `shard_map` would put its axis in the place of
+  the rows': both are errors.
+* A `vmap` around a `shard_map` with a site in it is an error too: the devices would come before the batch.
+* `vmap` of a `cond` on a predicate of each row's own runs both branches, so a site of one name may stand in one of them
+  only.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -32,8 +34,9 @@ import jax.numpy as jnp
 from interp_jax.instrument import harvest, running_pass
 from interp_jax.instrument.fetch import SiteValues
 from interp_jax.instrument.sow import sow_value
+from interp_jax.instrument.tap import tap
 
-__all__ = ["GradientPass", "Place", "gradients"]
+__all__ = ["GradientPass", "Place", "gradients", "the_zero"]
 
 _Key = tuple[int | None, str]
 
@@ -96,7 +99,7 @@ def tapped_vjp(
 
     def run(zero: Any) -> tuple[Any, Any]:
         def tapped() -> Any:
-            _zero()  # planting what nobody asks for is an error
+            the_zero()  # planting what nobody asks for is an error
             # Made anew in this trace, as jax.grad's are: NNX variables remember the trace that they were made in.
             own_args, own_kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
             with running_pass.standing(state):
@@ -118,8 +121,9 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _zero() -> Any:
-    return sow_value(jnp.zeros(()), tag=_ZERO, name=_ZERO, mode="clobber", scope=())
+def the_zero() -> Any:
+    """What is differentiated, as a value of the current trace."""
+    return sow_value(jnp.zeros(()), tag=_ZERO, name=_ZERO, mode="ask", scope=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +159,7 @@ class GradientPass(running_pass.PassState):
         def collect(value: None, gradient: Any, row: Any) -> None:
             sow_value(gradient, tag=self.tag, name=key, mode="save")
 
-        return tap(value, _first(), collect)
+        return tap(value, _first(), the_zero(), collect)
 
     def expect(self, layer: int, name: str) -> None:
         """Says, in the order of the pass, which sites of a layer scan will be tapped."""
@@ -185,7 +189,7 @@ class GradientPass(running_pass.PassState):
             else:
                 jax.lax.cond(row >= 0, write, lambda *_: None, gradient, row)
 
-        return tap(value, row, collect)
+        return tap(value, row, the_zero(), collect)
 
     def gradients(self, reaped: Mapping[Hashable, Any]) -> SiteValues:
         """The gradients by site, in the order of the pass."""
@@ -229,49 +233,3 @@ def _avals(value: Any, name: str, layer: int | None) -> Any:
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
     return jax.tree.map(check, value)
-
-
-def tap(value: Any, row: Any, collect: Callable[[Any, Any, Any], Any], *, keeps_value: bool = False) -> Any:
-    """An identity with an eye on what comes back through it.
-
-    Args:
-        value: the value to carry on with.
-        row: an array, handed to `collect`.
-        collect: called in a backward pass with the value, its gradient and `row`. What it returns goes on in the
-            gradient's place; None leaves that as it is.
-        keeps_value: whether the value is kept for `collect`, which gets None otherwise.
-
-    Returns:
-        `value`.
-    """
-    leaves, tree = jax.tree.flatten(value)
-
-    @jax.custom_vjp
-    def identity(leaves: Sequence[Any], row: Any, zero: Any) -> Sequence[Any]:
-        return leaves
-
-    def forward(leaves: Sequence[Any], row: Any, zero: Any) -> tuple[Sequence[Any], Any]:
-        # The same again: the pass that differentiates the zero may be one further out.
-        outs = identity([leaf.value for leaf in leaves], row.value, zero.value)
-        kept = [leaf.value for leaf in leaves] if keeps_value else None
-        return outs, ((row.value, kept) if zero.perturbed else None)
-
-    def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Sequence[Any], None, Any]:
-        arrays = [_instantiated(one) for one in cotangents]
-        if residuals is not None:
-            row, kept = residuals
-            new = collect(
-                None if kept is None else jax.tree.unflatten(tree, kept), jax.tree.unflatten(tree, arrays), row
-            )
-            arrays = arrays if new is None else jax.tree.leaves(new)
-        return arrays, None, jnp.zeros(())
-
-    identity.defvjp(forward, backward, symbolic_zeros=True)
-    return jax.tree.unflatten(tree, identity(leaves, row, _zero()))
-
-
-def _instantiated(cotangent: Any) -> Any:
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        aval: Any = cotangent.aval
-        return jnp.zeros(aval.shape, aval.dtype)
-    return cotangent

@@ -122,7 +122,7 @@ class Harvester(jax.core.Trace):
                 return fun.call_wrapped(*args)
         assert self.level is not None
         with trace_context.entered(self.parent):
-            eqn, operands, _ = _staged(primitive, args, {"subfuns": (fun, *rules), **params})
+            eqn, operands, _ = vmapped_control_flow.staged(primitive, args, {"subfuns": (fun, *rules), **params})
             if carry.concerns(self.level, primitive, eqn.params):
                 outs = carry.bind(primitive, operands, eqn.params, self.level)
             elif primitive is custom_jvp_call_p:
@@ -189,7 +189,7 @@ class Harvester(jax.core.Trace):
     def process_shard_map(self, primitive: Any, fun: Any, tracers: Any, /, **params: Any) -> Any:
         assert self.level is not None
         with trace_context.entered(self.parent):
-            eqn, operands, empty = _staged(primitive, tracers, {"subfuns": (fun,), **params})
+            eqn, operands, empty = vmapped_control_flow.staged(primitive, tracers, {"subfuns": (fun,), **params})
             return empty.update(self._bind(primitive, operands, eqn.params))
 
     def __getattr__(self, name: str) -> Any:
@@ -202,27 +202,6 @@ class Harvester(jax.core.Trace):
 def _eager_trace() -> jax.core.Trace:
     with jax.core.eval_context():
         return trace_context.current_trace()
-
-
-def _staged(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> tuple[Any, list[Any], Any]:
-    """Binds a primitive that has functions for operands, in a jaxpr.
-
-    Returns:
-        The equation; its operands; what bind gave, without the values, since it may be a container of JAX's own.
-    """
-    empty: Any = None
-
-    def function(*args: Any) -> list[Any]:
-        nonlocal empty
-        out = primitive.bind(*args, **params)
-        empty = out.update([None] * len(out)) if hasattr(out, "update") else None
-        return list(out)
-
-    jaxpr = jax.make_jaxpr(function)(*map(jax.typeof, args))
-    (eqn,) = jaxpr.eqns
-    opened = getattr(jaxpr, "jaxpr", jaxpr)
-    env = dict(zip([*opened.constvars, *opened.invars], [*jaxpr.consts, *args], strict=True))
-    return eqn, [atom.val if isinstance(atom, jex.Literal) else env[atom] for atom in eqn.invars], empty
 
 
 def _was_called(function: Any) -> bool:
@@ -299,7 +278,7 @@ def reaping_saves() -> Iterator[Harvester]:
 def _harvesting(level: carry.Level) -> Iterator[Harvester]:
     harvester = Harvester(trace_context.current_trace(), level)
     try:
-        with trace_context.entered(harvester):
+        with trace_context.entered(harvester), vmapped_control_flow.harvested():
             yield harvester
     finally:
         harvester.level = None

@@ -127,7 +127,7 @@ def in_layer(number: int) -> Iterator[None]:
     if state is None or (surrounding is not None and surrounding.state is state):
         yield
         return
-    with _surrounded_by(_Eager(state, number, 0)):
+    with _surrounded_by(_Eager(state, running_pass.layer_number(number, "the number of in_layer"), 0)):
         yield
 
 

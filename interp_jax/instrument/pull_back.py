@@ -28,8 +28,9 @@ import jax.numpy as jnp
 
 from interp_jax.instrument import harvest, running_pass
 from interp_jax.instrument.fetch import SiteValues
-from interp_jax.instrument.gradients import GradientPass, Place, put, tap, tapped_vjp
+from interp_jax.instrument.gradients import GradientPass, Place, put, tapped_vjp, the_zero
 from interp_jax.instrument.sow import sow_value
+from interp_jax.instrument.tap import tap
 
 __all__ = ["Visit", "pull_back"]
 
@@ -101,7 +102,7 @@ class _VisitingPass(GradientPass):
     def ask(self) -> Any:
         """What was given, as a value of the current trace."""
         zeros = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), self.given)
-        return sow_value(zeros, tag=_GIVEN, name=_GIVEN, mode="clobber", scope=())
+        return sow_value(zeros, tag=_GIVEN, name=_GIVEN, mode="ask", scope=())
 
     def visit(self, value: Any, name: str, layer: int | None) -> Any:
         """Taps a site."""
@@ -116,7 +117,7 @@ class _VisitingPass(GradientPass):
                 sow_value(kept, tag=self.tag, name=(layer, name), mode="save")
             return new
 
-        return tap(value, row, collect, keeps_value=True)
+        return tap(value, row, the_zero(), collect, keeps_value=True)
 
     def expect(self, layer: int, name: str) -> None:
         """Nothing is handed out for a site that was not visited."""
@@ -139,7 +140,7 @@ class _VisitingPass(GradientPass):
                 return run(self.ask(), value, gradient, row)
             return jax.lax.cond(row >= 0, run, lambda *each: each[2], self.ask(), value, gradient, row)
 
-        return tap(value, row, collect, keeps_value=True)
+        return tap(value, row, the_zero(), collect, keeps_value=True)
 
     def kept(self, reaped: Mapping[Hashable, Any]) -> SiteValues:
         """What the function kept, by site."""

@@ -30,14 +30,16 @@ import contextvars
 import difflib
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.core
+import numpy as np
 
 from interp_jax import greenlets
-from interp_jax.instrument import harvest, loop_value, trace_context
+from interp_jax.instrument import carry, harvest, loop_value, trace_context
 from interp_jax.instrument.sow import silence
 
 __all__ = ["Activation", "RunningPass", "SiteError", "iterate", "site"]
@@ -111,7 +113,7 @@ class PassState:
                 return value
             if trace_context.current_trace() is not self.top:
                 harvest.mark_edit()
-            return loop_value.unboxed(self.modified)
+            return jax.tree.map(_typed_as, value, loop_value.unboxed(self.modified))
         finally:
             self.at, self.expected, self.modified = None, None, _UNSET
 
@@ -153,10 +155,15 @@ def site(value: Any, name: str, *, layer: int | None = None) -> Any:
     Returns:
         The value to carry on with: `value` itself, or what the loop's body put in its place. With nothing
         listening it is `value` and nothing is traced.
+
+    Raises:
+        SiteError: under a running pass, if the layer is no number that is known while the model is traced.
     """
     innermost = _innermost.get()
     if innermost is None:
         return value
+    if layer is not None and type(layer) is not int:
+        layer = layer_number(layer, f"the layer of site {name!r}")
     innermost.spoil_token()
     if harvest.is_silent():
         return value
@@ -220,6 +227,11 @@ def in_words(layer: int | None, name: str) -> str:
 def _shape_and_type(leaf: Any) -> jax.ShapeDtypeStruct:
     aval = jax.typeof(leaf)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _typed_as(value: Any, new: Any) -> Any:
+    """A new value as it must be inside `shard_map`: where `value` may differ from device to device, so may it."""
+    return carry.as_varying(new, jax.typeof(value).manual_axis_type.varying)
 
 
 class Loop:
@@ -376,9 +388,9 @@ def _body(state: PassState, run: Callable[[], Any]) -> None:
         lost = [name for name in state.save_names if name not in state.saved]
         if lost:
             raise harvest.ReapError(
-                f"{', '.join(map(repr, lost))} was saved in a function whose values cannot leave it: save crosses jit, "
-                "checkpoint and vmap, not yet custom derivatives or shard_map. Run the pass inside that "
-                "function, or save at a site outside it"
+                f"{', '.join(map(repr, lost))} was saved in a function whose values cannot leave it, as one does not "
+                "that is evaluated for its shapes or compiled ahead of time. Run the pass inside that function, or "
+                "save at a site outside it"
             )
         check_filters(state)
         state.retval = retval
@@ -425,6 +437,18 @@ def describe_sites(seen: Iterable[tuple[int | None, str]]) -> str:
     return "\n".join(["The sites that exist:", *lines])
 
 
+def layer_number(layer: Any, what: str) -> int:
+    """A layer as a plain int, which a NumPy integer may stand for."""
+    # An array of JAX's may be traced, so none will do: a model must not work outside jit alone.
+    if not isinstance(layer, jax.Array):
+        with contextlib.suppress(TypeError):
+            return operator.index(layer)
+    raise SiteError(
+        f"{what} must be a Python or NumPy integer, but {type(layer).__name__} was given. In a loop that JAX traces "
+        "once for all layers the number is not known: use ij.layer_scan, whose sites take no layer, or a Python loop"
+    )
+
+
 def _layer_order(layer: int | None) -> tuple[bool, int]:
     return (layer is not None, layer or 0)
 
@@ -443,10 +467,10 @@ def as_filter(wanted: Any, kind: type | tuple[type, ...]) -> frozenset[Any] | No
     """A filter argument (None, one, or several) as a set; None lets everything through."""
     if wanted is None:
         return None
-    several: Collection[Any] = [wanted] if isinstance(wanted, kind) else list(wanted)
+    several: Collection[Any] = [wanted] if isinstance(wanted, (kind, np.integer)) else list(wanted)
     if not several:
         raise SiteError("an empty filter matches nothing: give at least one site or layer, or None for all")
-    return frozenset(several)
+    return frozenset(int(one) if isinstance(one, np.integer) else one for one in several)
 
 
 def iterate(

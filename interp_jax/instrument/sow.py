@@ -116,6 +116,54 @@ def silence() -> Iterator[None]:
         _silent.reset(reset)
 
 
+# While a scan's body is batched: in how many scans. While a tap's function runs: the same of each vmap around the tap.
+_scans_batched: contextvars.ContextVar[int] = contextvars.ContextVar("scans_batched", default=0)
+_fronts: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar("fronts", default=())
+
+
+def scans_batched() -> int:
+    """How many scans stand between the vmap that is at work here and what it maps."""
+    return _scans_batched.get()
+
+
+@contextlib.contextmanager
+def batching_a_scan() -> Iterator[None]:
+    """In the block, a scan's body is batched."""
+    reset = _scans_batched.set(_scans_batched.get() + 1)
+    try:
+        yield
+    finally:
+        _scans_batched.reset(reset)
+
+
+_shard_map_batched: contextvars.ContextVar[bool] = contextvars.ContextVar("shard_map_batched", default=False)
+
+
+def is_shard_map_batched() -> bool:
+    """Whether a shard_map stands between the vmap that is at work here and what it maps."""
+    return _shard_map_batched.get()
+
+
+@contextlib.contextmanager
+def batching_a_shard_map() -> Iterator[None]:
+    """In the block, a shard_map's body is batched."""
+    reset = _shard_map_batched.set(True)
+    try:
+        yield
+    finally:
+        _shard_map_batched.reset(reset)
+
+
+@contextlib.contextmanager
+def in_front_of_scans(fronts: tuple[int, ...]) -> Iterator[None]:
+    """In the block, what is saved will have a batch axis for each of these: in front of what so many scans stack."""
+    reset = _fronts.set(fronts)
+    try:
+        yield
+    finally:
+        _fronts.reset(reset)
+
+
 def mark_edit() -> None:
     """Notes in the jaxpr that is being traced that a value of it was replaced."""
     edit_p.bind()
@@ -267,7 +315,15 @@ def sow_value(
     operands = [*([] if pred is None else [pred]), *([] if index is None else [index]), *leaves]
     path = (*(_scope.get() if scope is None else scope), name)
     results = sow_p.bind(
-        *operands, tag=tag, path=path, mode=mode, tree=tree, has_pred=pred is not None, slots=slots, scans=scans
+        *operands,
+        tag=tag,
+        path=path,
+        mode=mode,
+        tree=tree,
+        has_pred=pred is not None,
+        slots=slots,
+        scans=scans,
+        fronts=_fronts.get() if mode == "save" else (),
     )
     return jax.tree.unflatten(tree, results)
 

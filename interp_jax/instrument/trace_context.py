@@ -99,6 +99,30 @@ def _transparent() -> frozenset[type]:
     return frozenset(types)
 
 
+@functools.cache
+def vmap_types() -> tuple[type, type]:
+    """The kind of trace of a vmap, and the kind of its values."""
+    types: list[tuple[type, type]] = []
+
+    def note(x: Any) -> Any:
+        types.append((type(current_trace()), type(x)))
+        return x
+
+    with jax.core.eval_context():
+        jax.vmap(note)(np.zeros(1))
+    return types[0]
+
+
+def mapped(trace: jax.core.Trace, value: Any) -> Any:
+    """An array whose first axis is a vmap's batch, as a value in that vmap's trace."""
+    return vmap_types()[1](trace, value, 0)
+
+
+def is_of_current_trace(value: Any) -> bool:
+    """Whether a value is the current trace's own. In a vmap's, one that does not depend on the batch is not."""
+    return getattr(value, "_trace", None) is current_trace()
+
+
 def staging_trace(top: jax.core.Trace | None) -> jax.core.Trace | None:
     """The innermost trace between here and `top` whose result JAX may cache; None if there is none."""
     trace: Any = current_trace()

@@ -114,6 +114,53 @@ def test_a_model_that_differentiates_itself(model):
     close(list(gradients.values()), expected)
 
 
+def one_site(x, site=lambda value: ij.site(value, "s")):
+    return (site(jnp.sin(x)) ** 3).sum()
+
+
+SELVES = {
+    "jvp": lambda fn: lambda x: jax.jvp(fn, (x,), (jnp.ones_like(x),))[1],
+    "linearize": lambda fn: lambda x: jax.linearize(fn, x)[1](jnp.ones_like(x)),
+    "hessian": lambda fn: lambda x: (jax.hessian(fn)(x) ** 2).sum(),
+    "jacfwd": lambda fn: lambda x: (jax.jacfwd(fn)(x) ** 2).sum(),
+}
+
+
+@pytest.mark.caches
+@pytest.mark.parametrize("around", [lambda function: function, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("differentiated", SELVES.values(), ids=SELVES.keys())
+def test_a_model_that_differentiates_itself_forward(differentiated, around):
+    def by_zero(zero):
+        return differentiated(lambda x: one_site(x, lambda value: value + zero))(X[0])
+
+    _, gradients = around(ij.gradients(differentiated(one_site)))(X[0])
+    close(gradients[None, "s"], jax.grad(by_zero)(jnp.zeros_like(X[0])))
+
+
+@pytest.mark.caches
+@pytest.mark.parametrize("scanning", [jax.lax.scan, ij.layer_scan], ids=["scan", "layer_scan"])
+def test_a_model_whose_scan_is_differentiated_forward(scanning):
+    def model(x):
+        return scanning(lambda x, _: (ij.site(jnp.sin(x), "s"), None), x, None, length=2)[0]
+
+    def by_zeros(zeros):
+        return SELVES["jvp"](lambda x: jnp.sin(jnp.sin(x) + zeros[0]) + zeros[1])(X[0]) @ X[1]
+
+    _, gradients = jax.jit(ij.gradients(lambda x: SELVES["jvp"](model)(x) @ X[1]))(X[0])
+    close(
+        jnp.concatenate([value.reshape(-1, 4) for value in gradients.values()]), jax.grad(by_zeros)(jnp.zeros((2, 4)))
+    )
+
+
+@pytest.mark.caches
+@pytest.mark.parametrize("differentiated", [SELVES["jvp"], jax.hessian], ids=["jvp", "hessian"])
+def test_gradients_are_differentiated_forward(differentiated):
+    def fetched(x):
+        return ij.gradients(one_site)(x)[1][None, "s"].sum()
+
+    close(differentiated(fetched)(X[0]), differentiated(lambda x: (3 * jnp.sin(x) ** 2).sum())(X[0]))
+
+
 @pytest.mark.slow
 @models
 def test_gradients_are_differentiated_and_vmapped(model):

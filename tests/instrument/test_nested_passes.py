@@ -429,12 +429,18 @@ def test_forward_jacobian_of_what_one_layer_saves_in_a_custom_derivative():
         close(jacobian(x), expected)
 
 
-def test_a_layer_of_its_own_in_a_vmapped_cond_is_refused():
+def test_a_layer_of_its_own_in_a_vmapped_cond():
+    """The function inside asks for the layer's number, which is one for the whole batch."""
+
     def inside(site, x, w):
         return jax.vmap(lambda x: jax.lax.cond(x > 0, lambda x: site(x * 2, "a"), lambda x: x, x))(x)
 
-    with pytest.raises(ij.ReapError, match=r"vmapped `cond`, which save cannot cross.*inside the vmap"):
-        jax.jit(ij.fetch(lambda x: with_inner(inside, x, True), "a", 1))(X)
+    def fetched(is_scanned):
+        return jax.jit(ij.fetch(lambda x: with_inner(inside, x, is_scanned), "a", 1))(X)
+
+    (out, values), (expected_out, expected) = fetched(True), fetched(False)
+    assert list(values) == list(expected) == [(1, "a")]
+    close((out, dict(values)), (expected_out, dict(expected)))
 
 
 @pytest.mark.caches

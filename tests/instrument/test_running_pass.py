@@ -223,6 +223,38 @@ def test_sites_inside_shard_map_are_seen_edited_and_saved():
     close(running.saved["x"], X[None])  # stacked over the mesh axis
 
 
+def in_a_scan(x):
+    return jax.lax.scan(lambda x, _: (ij.site(jnp.tanh(x), "s") + x, None), x, None, length=2)[0]
+
+
+def in_a_branch(x):
+    return jax.lax.cond(x.sum() > 0, lambda x: ij.site(jnp.tanh(x), "s") + x, lambda x: x, x)
+
+
+def in_layers(x):
+    return ij.layer_scan(lambda x, _: (ij.site(jnp.tanh(x), "s") + x, None), x, None, length=2)[0]
+
+
+@pytest.mark.parametrize("function", [in_a_scan, in_a_branch, in_layers])
+@pytest.mark.parametrize("make", [jnp.ones, np.ones], ids=["jax", "numpy"])
+@arounds
+def test_inside_shard_map_a_site_may_be_given_a_constant(function, make, around):
+    """It is the same on every device, and stands where a value of each device's own stood."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def run(x):
+        sharded = jax.shard_map(function, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+        for layer, _, value in (running := ij.iterate(sharded)(x)):
+            if layer in (None, 0):
+                running.modified_value = make(value.shape, value.dtype)
+            del value
+        return running.retval
+
+    once = X + 1
+    expected = {in_a_scan: once + 1, in_a_branch: once, in_layers: np.tanh(once) + once}[function]
+    close(around(run)(jnp.asarray(X)), expected)
+
+
 # Caches
 
 
@@ -526,6 +558,16 @@ def test_things_asked_for_at_the_wrong_time():
         iter(running)
     with pytest.raises(RuntimeError, match="inside the loop"):
         running.modified_value = jnp.ones(2)
+
+
+def test_a_layer_that_is_no_number_known_while_the_model_is_traced():
+    def in_a_loop(x):
+        return jax.lax.fori_loop(0, 2, lambda layer, x: ij.site(x, "s", layer=layer), x)
+
+    in_a_loop(jnp.asarray(X))  # with nothing listening it does not matter
+    for fn in (in_a_loop, lambda x: ij.site(x, "s", layer=jnp.int32(1)), lambda x: ij.site(x, "s", layer="1")):  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ij.SiteError, match=r"layer of site 's' must be a Python or NumPy integer.*ij\.layer_scan"):
+            list(ij.iterate(fn)(X))
 
 
 def test_saving_one_name_twice():

@@ -943,6 +943,19 @@ GROUPS = {
         Row("jit of grad of shard_map", nest(jax.jit, grad(shard_map)), grad(shards), SHARDED),
         Row("jit of shard_map of scan", nest(jax.jit, shard_map, scan), nest(shards, stacks), SHARDED),
         Row("scan of shard_map", nest(scan, shard_map), nest(stacks, shards), STACKED),
+        Row("shard_map of vmap", nest(shard_map, jax.vmap), nest(shards, each(same)), SHARDED),
+        Row(
+            "vmap of shard_map",
+            nest(functools.partial(jax.vmap, in_axes=1), shard_map),
+            each(shards, in_axis=1),
+            BATCHED,
+        ),
+        Row(
+            "jit of shard_map of vmap of scan",
+            nest(jax.jit, shard_map, jax.vmap, scan),
+            nest(shards, each(stacks)),
+            SHARDED,
+        ),
     ],
     "Without running": [
         Row("eval_shape", zeros_of_shapes, zeros_by_hand, refused={"save": UNREACHED}, derivative="none"),
