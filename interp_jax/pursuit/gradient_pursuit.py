@@ -47,7 +47,8 @@ def gradient_pursuit(
         l0: the most atoms a signal may use, and the number of steps; or one such number a signal.
         max_l0: the most that any signal may use, where `l0` is an array: the width of the codes. More counts as that.
         nonnegative: clip weights at zero after each step and pick by signed correlation; else by its absolute value.
-        tolerance: a signal is left alone once its residual's norm is at most this share of its own norm.
+        tolerance: a signal is left alone once its residual's norm is at most this share of its own norm; a Python
+            number, static under jit.
         mesh: devices of axes `data` and `latent`: signals are split over the one, the dictionary over the other, which
             is never gathered. None is one device.
 
