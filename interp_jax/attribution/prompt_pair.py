@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.token_ids import check_ids
 
 __all__ = ["PromptPair", "prompt_pair"]
 
@@ -133,8 +134,7 @@ def _one_token(language_model: LanguageModel, text: Token | None, what: str) -> 
     if not isinstance(text, str):
         if np.ndim(text) or not np.issubdtype(np.asarray(text).dtype, np.integer):
             raise ValueError(f"{what}={text!r} is not one token: give its text or its id.")
-        if not 0 <= int(text) < language_model.vocab_size:
-            raise ValueError(f"{what}={text} is no token: the ids are 0 to {language_model.vocab_size - 1}.")
+        check_ids(text, language_model.vocab_size, what)
         return int(text)
     ids = language_model.tokenizer.encode(text)
     if len(ids) == 1:

@@ -98,6 +98,16 @@ edit_p.def_abstract_eval(list)
 mlir.register_lowering(edit_p, lambda ctx: [])
 
 
+@contextlib.contextmanager
+def bound(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    """In the block a context variable has this value."""
+    reset = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(reset)
+
+
 _silent: contextvars.ContextVar[bool] = contextvars.ContextVar("silent", default=False)
 
 
@@ -106,62 +116,17 @@ def is_silent() -> bool:
     return _silent.get()
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
+def silence() -> contextlib.AbstractContextManager[None]:
     """Nothing is sown in the block."""
-    reset = _silent.set(True)
-    try:
-        yield
-    finally:
-        _silent.reset(reset)
+    return bound(_silent, True)
 
 
-# While a scan's body is batched: in how many scans. While a tap's function runs: the same of each vmap around the tap.
-_scans_batched: contextvars.ContextVar[int] = contextvars.ContextVar("scans_batched", default=0)
 _fronts: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar("fronts", default=())
 
 
-def scans_batched() -> int:
-    """How many scans stand between the vmap that is at work here and what it maps."""
-    return _scans_batched.get()
-
-
-@contextlib.contextmanager
-def batching_a_scan() -> Iterator[None]:
-    """In the block, a scan's body is batched."""
-    reset = _scans_batched.set(_scans_batched.get() + 1)
-    try:
-        yield
-    finally:
-        _scans_batched.reset(reset)
-
-
-_shard_map_batched: contextvars.ContextVar[bool] = contextvars.ContextVar("shard_map_batched", default=False)
-
-
-def is_shard_map_batched() -> bool:
-    """Whether a shard_map stands between the vmap that is at work here and what it maps."""
-    return _shard_map_batched.get()
-
-
-@contextlib.contextmanager
-def batching_a_shard_map() -> Iterator[None]:
-    """In the block, a shard_map's body is batched."""
-    reset = _shard_map_batched.set(True)
-    try:
-        yield
-    finally:
-        _shard_map_batched.reset(reset)
-
-
-@contextlib.contextmanager
-def in_front_of_scans(fronts: tuple[int, ...]) -> Iterator[None]:
+def in_front_of_scans(fronts: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
     """In the block, what is saved will have a batch axis for each of these: in front of what so many scans stack."""
-    reset = _fronts.set(fronts)
-    try:
-        yield
-    finally:
-        _fronts.reset(reset)
+    return bound(_fronts, fronts)
 
 
 def mark_edit() -> None:
@@ -219,12 +184,8 @@ def is_heard(by: tuple[Listener, ...], tag: Hashable, name: Hashable) -> bool:
 
 @contextlib.contextmanager
 def _entered(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
-    reset = variable.set(value)
-    try:
-        with _cache_key((_listeners.get(), _scope.get())):
-            yield
-    finally:
-        variable.reset(reset)
+    with bound(variable, value), _cache_key((_listeners.get(), _scope.get())):
+        yield
 
 
 @contextlib.contextmanager

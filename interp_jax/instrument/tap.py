@@ -14,6 +14,8 @@ What bites: a tap is batched when the model's `vmap` runs, and its function is c
 tap remembers each batch that it is in, and its function then runs under the same `vmap`.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,9 +26,25 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from interp_jax.instrument.carry import ReapError
-from interp_jax.instrument.sow import in_front_of_scans, is_shard_map_batched, scans_batched
+from interp_jax.instrument.sow import bound, in_front_of_scans
 
-__all__ = ["tap"]
+__all__ = ["batching_a_scan", "batching_a_shard_map", "tap"]
+
+_scans: contextvars.ContextVar[int] = contextvars.ContextVar("scans", default=0)
+"""How many scans stand between the vmap that is at work here and what it maps."""
+_in_shard_map: contextvars.ContextVar[bool] = contextvars.ContextVar("in_shard_map", default=False)
+"""Whether a shard_map does."""
+
+
+def batching_a_scan() -> contextlib.AbstractContextManager[None]:
+    """In the block, a scan's body is batched."""
+    return bound(_scans, _scans.get() + 1)
+
+
+def batching_a_shard_map() -> contextlib.AbstractContextManager[None]:
+    """In the block, a shard_map's body is batched."""
+    return bound(_in_shard_map, True)
+
 
 Collect = Callable[[Any, Any, Any], Any]
 
@@ -157,7 +175,7 @@ def _batcher(primitive: Any) -> Callable[..., Any]:
         found = [0 if one else None for one in mapped]
         leaves = found[len(found) - tap.count :]
         one = _Batch(
-            found[0], tuple(leaves), size, axis_data.name, axis_data.spmd_name, scans_batched(), is_shard_map_batched()
+            found[0], tuple(leaves), size, axis_data.name, axis_data.spmd_name, _scans.get(), _in_shard_map.get()
         )
         return primitive.bind(*operands, tap=tap, batches=(one, *batches)), leaves
 

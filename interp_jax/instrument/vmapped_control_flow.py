@@ -14,7 +14,7 @@ A result that does not depend on the batch must be told so: `vmap(out_axes=None)
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ from jax.interpreters import batching
 
 from interp_jax.instrument import trace_context
 from interp_jax.instrument.carry import Key, Level, Purpose, ReapError, Slot, bind, in_words, sown_in_equation
-from interp_jax.instrument.sow import MODES, batching_a_scan, batching_a_shard_map, listeners, sow_p
+from interp_jax.instrument.sow import MODES, bound, listeners, sow_p
+from interp_jax.instrument.tap import batching_a_scan, batching_a_shard_map
 
 __all__ = ["harvested", "install", "staged"]
 
@@ -126,14 +127,9 @@ def _asked_for(key: Key, slot: Slot, size: int | None) -> tuple[list[Any], int |
 _harvested: contextvars.ContextVar[bool] = contextvars.ContextVar("harvested", default=False)
 
 
-@contextlib.contextmanager
-def harvested() -> Iterator[None]:
+def harvested() -> contextlib.AbstractContextManager[None]:
     """In the block a harvest is on: only there are functions under shard_map looked through for sows."""
-    reset = _harvested.set(True)
-    try:
-        yield
-    finally:
-        _harvested.reset(reset)
+    return bound(_harvested, True)
 
 
 def staged(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> tuple[Any, list[Any], Any]:

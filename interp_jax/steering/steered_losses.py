@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loss import next_token_losses
+from interp_jax.models.token_ids import check_ids
 from interp_jax.steering.edits import Edit, check_edits, check_strengths, steered_forward
 from interp_jax.steering.steer import finite_coefficients
 
@@ -58,9 +59,7 @@ def steered_losses(
             f"{rows} rows of {context} tokens have nothing to predict after a prompt of {n_prompt}; give at least one "
             f"row of {n_prompt + 2} tokens."
         )
-    low, high = tokens.min(), tokens.max()
-    if low < 0 or high >= language_model.vocab_size:
-        raise ValueError(f"Ids run from {low} to {high}; the model's tokens are 0 to {language_model.vocab_size - 1}.")
+    check_ids(tokens, language_model.vocab_size)
     checked = check_edits(edits, language_model, [n_prompt])
     check_strengths(checked, strengths, language_model)
     found = []

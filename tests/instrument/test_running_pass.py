@@ -564,8 +564,11 @@ def test_a_layer_that_is_no_number_known_while_the_model_is_traced():
     def in_a_loop(x):
         return jax.lax.fori_loop(0, 2, lambda layer, x: ij.site(x, "s", layer=layer), x)
 
+    def at(layer):
+        return lambda x: ij.site(x, "s", layer=layer)
+
     in_a_loop(jnp.asarray(X))  # with nothing listening it does not matter
-    for fn in (in_a_loop, lambda x: ij.site(x, "s", layer=jnp.int32(1)), lambda x: ij.site(x, "s", layer="1")):  # pyright: ignore[reportArgumentType]
+    for fn in (in_a_loop, at(jnp.int32(1)), at("1")):
         with pytest.raises(ij.SiteError, match=r"layer of site 's' must be a Python or NumPy integer.*ij\.layer_scan"):
             list(ij.iterate(fn)(X))
 

@@ -169,7 +169,7 @@ def test_bad_input(language_model):
     tokens, vector = np.ones((2, 8), np.int32), SteeringVector(DIRECTION, 1)
     with pytest.raises(ValueError, match="nothing to predict after a prompt of 7"):
         steered_losses(language_model, tokens, vector, coefficients=(1.0,), n_prompt=7)
-    with pytest.raises(ValueError, match=r"Ids run from 1 to 10000; the model's tokens are 0 to \d+\."):
+    with pytest.raises(ValueError, match=r"tokens\[\d+, \d+\] is 10000; the model's tokens are 0 to \d+\."):
         steered_losses(
             language_model, np.where(np.arange(8) < 7, tokens, 10_000), vector, coefficients=(1.0,), n_prompt=2
         )
