@@ -21,7 +21,7 @@ def test_an_answer_may_be_an_id(tiny):
     for given in (7, np.int64(7), jnp.array(7)):
         answer = prompt_pair(tiny, "The city", "The war", answer=given).answer
         assert (answer, type(answer)) == (7, int)
-    with pytest.raises(ValueError, match="ids are 0 to 2047"):
+    with pytest.raises(ValueError, match="answer is 2048; the model's tokens are 0 to 2047"):
         prompt_pair(tiny, "The city", "The war", answer=2048)
 
 
