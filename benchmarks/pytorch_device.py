@@ -17,7 +17,8 @@ def peer_device(torch: Any) -> str:
     Args:
         torch: the module.
     """
-    torch.set_num_threads(os.cpu_count() or 1)
+    has_affinity = hasattr(os, "sched_getaffinity")  # of Linux; fewer cores than the machine's, under `taskset`
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
     if not torch.cuda.is_available():
         return "cpu"
     torch.set_float32_matmul_precision("high")

@@ -24,10 +24,11 @@ def norm(vectors: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
 
 
 def safe_inverse(values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """1/x, and 0 where x is too small to have one.
+    """1/x, and 0 where x is too small to have one, or so large that it is subnormal, which a CPU takes for 0.
 
     Args:
         values: not negative.
     """
-    is_zero = values < 4 * jnp.finfo(values.dtype).tiny
-    return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
+    of_dtype = jnp.finfo(values.dtype)
+    is_none = (values < 4 * of_dtype.tiny) | (values >= of_dtype.max / 8)
+    return jnp.where(is_none, 0, 1 / jnp.where(is_none, 1, values))

@@ -100,6 +100,24 @@ def test_float32_sums_are_asked_for_on_a_cpu_alone():
     assert [sums(platform) for platform in ("cpu", "tpu", "cuda")] == ["f32", "bf16", "bf16"]
 
 
+@pytest.mark.parametrize(
+    ("subscripts", "of_x", "of_y", "dtype"),
+    [
+        ("i,io->o", (48,), (48, 20), "f32"),
+        ("...i,oi->...o", (1, 1, 48), (20, 48), "f32"),
+        ("...i,oi->...o", (1, 2, 48), (20, 48), "bf16"),
+        ("bqgmd,bgkd->bgmqk", (4, 1, 2, 1, 8), (4, 2, 5, 8), "f32"),  # a step's query, a head for each key
+        ("bqgmd,bgkd->bgmqk", (4, 1, 2, 3, 8), (4, 2, 5, 8), "bf16"),
+        ("bqgmd,bgkd->bgmqk", (4, 7, 2, 3, 8), (4, 2, 1, 8), "f32"),
+    ],
+)
+def test_on_a_gpu_the_sums_of_one_row_are_in_float32(subscripts, of_x, of_y, dtype):
+    x, y = drawn(of_x, of_y)
+    multiplied = jax.jit(lambda x, y: product(subscripts, x, y))
+    program = jax.export.export(multiplied, platforms=["cuda"])(x, y).mlir_module()
+    assert re.search(r"dot_general.*-> tensor<[\dx]+x(\w+)>", program)[1] == dtype
+
+
 def test_a_program_may_be_exported_for_any_number_of_rows():
     (n_rows,) = jax.export.symbolic_shape("n")
     shapes = jax.ShapeDtypeStruct((n_rows, 48), jnp.float32), jax.ShapeDtypeStruct((20, 48), jnp.float32)
