@@ -29,16 +29,10 @@ from interp_jax.models.decoding import (
     picked,
     usable,
 )
-from interp_jax.models.products import FEW_ROWS
-from interp_jax.models.transformer import KeyValueCache, Transformer, empty_cache, for_few_rows
+from interp_jax.models.step_layout import unstacked
+from interp_jax.models.transformer import KeyValueCache, Transformer, empty_cache
 
-__all__ = ["decode_with_cache", "is_worth_turning", "prefill", "step"]
-
-
-_STEPS_WORTH_A_COPY = 32
-"""Turning the weights takes as long as 15 to 30 steps gain by it."""
-_MOST_BYTES_TURNED = 4 * 2**30
-"""Models of more are not turned: the copy lies in memory beside them."""
+__all__ = ["decode_with_cache", "prefill", "step"]
 
 
 def prefill(model: Transformer, cache: KeyValueCache, tokens: Any, is_token: Any) -> tuple[Array, KeyValueCache]:
@@ -51,7 +45,7 @@ def step(model: Transformer, cache: KeyValueCache, tokens: Any) -> tuple[Array, 
     return model.extend(cache, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10, 11, 12, 13, 14))
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10, 11, 12, 13))
 def decode_with_cache(
     model: Transformer,
     tokens: Int[Array, "batch seq"],
@@ -67,7 +61,7 @@ def decode_with_cache(
     places: Places | None,
     fetch_sites: tuple[str, ...],
     fetch_layers: tuple[int | None, ...] | None,
-    turns_weights: bool = False,
+    for_steps: Transformer | None = None,
 ) -> Decoded:
     """Continues rows of tokens.
 
@@ -86,7 +80,7 @@ def decode_with_cache(
         places: the sites that it is called at; None for all.
         fetch_sites: the sites whose activations are given back.
         fetch_layers: their layers; None for all.
-        turns_weights: whether the steps work on weights that lie turned (`is_worth_turning`).
+        for_steps: the same model as the steps read it (`step_layout`), where it is another.
 
     Returns:
         What was generated.
@@ -110,7 +104,9 @@ def decode_with_cache(
         kept[at] = _at_step(buffer, value[:, -1:], 0)
     new = jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first)
 
-    stepped = for_few_rows(model) if turns_weights else model
+    stepped = model if for_steps is None else for_steps
+    if model.is_stacked and not stepped.is_stacked:
+        cache = unstacked(cache)
 
     def goes_on(state: Any) -> Bool[Array, ""]:
         number, _, _, _, is_done, *_ = state
@@ -133,25 +129,6 @@ def decode_with_cache(
     )  # fmt: skip
     _, _, _, new, _, n_generated, is_finite, kept = jax.lax.while_loop(goes_on, body, start)
     return Decoded(new, n_generated, is_finite, kept)
-
-
-def is_worth_turning(model: Transformer, batch: int, max_new_tokens: int) -> bool:
-    """Whether a copy of the weights, turned for products with few rows, is made up for by the steps that it speeds up.
-
-    Args:
-        model: the model.
-        batch: rows.
-        max_new_tokens: steps.
-    """
-    leaves = jax.tree.leaves(model)
-    if not 1 < batch <= FEW_ROWS or max_new_tokens < _STEPS_WORTH_A_COPY:
-        return False
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return False
-    if sum(leaf.nbytes for leaf in leaves) > _MOST_BYTES_TURNED:
-        return False
-    devices = set[jax.Device]().union(*(leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array)))
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def _instrumented(

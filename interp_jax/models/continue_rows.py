@@ -13,9 +13,10 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Bool, Int
 
-from interp_jax.models.cached_decoding import decode_with_cache, is_worth_turning
+from interp_jax.models.cached_decoding import decode_with_cache
 from interp_jax.models.decoding import Decoded, NonFiniteLogitsError, PlacedIntervention, Places, Sampling
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.step_layout import laid_out_for_steps
 from interp_jax.models.tokenizer import Tokenizer
 from interp_jax.models.transformer import Transformer
 from interp_jax.models.uncached_decoding import BUCKET, decode_without_cache
@@ -172,9 +173,9 @@ def continue_rows(
     transformer = model.params if isinstance(model, LanguageModel) else model
     if isinstance(transformer, Transformer):
         tokens, is_token = padded(rows, multiple)
-        turns_weights = is_worth_turning(transformer, len(rows), max_new_tokens)
+        for_steps = laid_out_for_steps(transformer, len(rows), max_new_tokens)
         decoded = decode_with_cache(
-            transformer, tokens, is_token, keys, *shared, places, fetch_sites, fetch_layers, turns_weights
+            transformer, tokens, is_token, keys, *shared, places, fetch_sites, fetch_layers, for_steps
         )
     else:
         assert isinstance(model, LanguageModel)

@@ -34,7 +34,7 @@ FEW_ROWS = 32
 
 
 class Turned(nnx.Param):
-    """A weight that lies as `[*outputs, *inputs]`; see `transformer.for_few_rows`."""
+    """A weight that lies as `[*outputs, *inputs]`; see `step_layout`."""
 
 
 def times(x: Array, parameter: nnx.Param, axes: int = 1) -> Array:

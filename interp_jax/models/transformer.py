@@ -58,7 +58,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from interp_jax.instrument import in_layer, layer_scan, site
-from interp_jax.models.products import Turned, product, times, times_turned
+from interp_jax.models.products import product, times, times_turned
 from interp_jax.models.rows_of import rows_of
 from interp_jax.models.token_ids import check_ids
 from interp_jax.models.transformer_config import TransformerConfig as TransformerConfig
@@ -244,7 +244,7 @@ class Attention(nnx.Module):
     `q_norm.scale[d_head]`, `k_norm.scale[d_head]`.
     """
 
-    W_qkv: nnx.Param  # of `for_few_rows` only
+    W_qkv: nnx.Param  # of `step_layout` only
 
     def __init__(self, config: TransformerConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config
@@ -668,7 +668,7 @@ def apply_from(
 
 def stacked(model: Transformer) -> Transformer:
     """The same model with its layers stacked; itself if they are."""
-    return model if model.is_stacked else _with_blocks(model, _stack(list(cast(Any, model.blocks))))
+    return model if model.is_stacked else with_blocks(model, _stack(list(cast(Any, model.blocks))))
 
 
 def unrolled(model: Transformer) -> Transformer:
@@ -676,54 +676,16 @@ def unrolled(model: Transformer) -> Transformer:
     if not model.is_stacked:
         return model
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(model.config.n_layers)]
-    return _with_blocks(model, nnx.List(each))
+    return with_blocks(model, nnx.List(each))
 
 
-def for_few_rows(model: Transformer) -> Transformer:
-    """The same model for passes of few rows and positions on a CPU: its weights lie with their outputs first.
-
-    Those of the blocks and of an unembedding are copied; queries' with keys' and values', which are small alone. Only
-    for passes, and not to be applied twice: they lie turned under their own names, but for `W_qkv`, in whose place
-    three are not read.
+def with_blocks(model: Transformer, blocks: Any) -> Transformer:
+    """The same model with other blocks: a stack of them, or a `nnx.List`.
 
     Args:
         model: The model.
+        blocks: Its blocks.
     """
-    other = jax.tree.map(lambda leaf: leaf, model)  # another module over the same arrays
-    lead = int(other.is_stacked)
-
-    def turned(*weights: nnx.Param, inputs: int = 1) -> Turned:
-        return Turned(jnp.concatenate([_outputs_first(weight[...], lead, inputs) for weight in weights], axis=lead))
-
-    for block in [other.blocks] if other.is_stacked else cast(Any, other.blocks):
-        attn, mlp = block.attn, block.mlp
-        attn.W_qkv, attn.W_o = turned(attn.W_q, attn.W_k, attn.W_v), turned(attn.W_o, inputs=2)
-        if other.config.gated_mlp:
-            mlp.W_gate = turned(mlp.W_gate)
-        mlp.W_in = turned(mlp.W_in)
-        mlp.W_out = turned(mlp.W_out)
-    if not other.config.tied_embeddings:
-        lead = 0
-        other.W_unembed = turned(other.W_unembed)
-    return other
-
-
-def _outputs_first(weight: Array, lead: int, inputs: int) -> Array:
-    """`[*lead, *inputs, *outputs]` as `[*lead, *outputs, *inputs]`.
-
-    In strips of a cache line, which takes XLA for CPU less than half as long as in one go.
-    """
-    shape, strip = weight.shape, 16
-    before, rows, columns = shape[:lead], shape[lead : lead + inputs], shape[lead + inputs :]
-    matrices = weight.reshape(-1, math.prod(rows), math.prod(columns))
-    if matrices.shape[2] % strip:
-        return matrices.swapaxes(1, 2).reshape(*before, *columns, *rows)
-    strips = matrices.reshape(*matrices.shape[:2], -1, strip).swapaxes(1, 2)
-    strips = jax.lax.optimization_barrier(strips)  # else XLA makes one step of two
-    return strips.swapaxes(2, 3).reshape(*before, *columns, *rows)
-
-
-def _with_blocks(model: Transformer, blocks: Any) -> Transformer:
     other = jax.tree.map(lambda leaf: leaf, model)  # another module over the same arrays
     other.blocks, other.is_stacked = blocks, not isinstance(blocks, nnx.List)
     return other

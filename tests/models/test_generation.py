@@ -11,14 +11,12 @@ from scipy import stats
 from test_hugging_face import CASES, write_directory
 
 import interp_jax as ij
-from interp_jax.models import cached_decoding
-from interp_jax.models.cached_decoding import is_worth_turning
 from interp_jax.models.continue_rows import checked_rows, checked_settings
 from interp_jax.models.decoding import Sampling, picked
 from interp_jax.models.hugging_face import load_hugging_face
 from interp_jax.models.tiny import load_tiny
 from interp_jax.models.tokenizer import Tokenizer
-from interp_jax.models.transformer import apply, for_few_rows, stacked, unrolled
+from interp_jax.models.transformer import apply
 
 pytestmark = pytest.mark.caches  # The leak checker would trace every small operation anew.
 
@@ -52,32 +50,6 @@ def test_the_likeliest_tokens_are_those_without_a_cache(case, tmp_path_factory):
     generated = ij.generate(model, PROMPTS, max_new_tokens=NEW)
     forward = jax.jit(apply)
     assert generated.rows() == [whole_text(forward, model, prompt) for prompt in PROMPTS]
-
-
-def test_steps_on_turned_weights_are_those_without_a_cache(llama, monkeypatch):
-    new = 20  # more would not fit the context, and so few are not worth it
-    monkeypatch.setattr(cached_decoding, "_STEPS_WORTH_A_COPY", new)
-    assert is_worth_turning(llama, len(PROMPTS), new)
-    forward = jax.jit(apply)
-    expected = [whole_text(forward, llama, prompt, new) for prompt in PROMPTS]
-    assert ij.generate(llama, PROMPTS, max_new_tokens=new, stop_tokens=()).rows() == expected
-
-
-@pytest.mark.parametrize("case", FAMILIES)
-def test_a_model_for_few_rows_gives_the_logits_of_the_model(case, tmp_path_factory):
-    model = load(tmp_path_factory, case)
-    tokens = jnp.asarray([[3, 14, 15], [5, 35, 2]])
-    for as_layers in (stacked, unrolled):
-        expected, found = (jax.jit(apply)(each, tokens) for each in (as_layers(model), for_few_rows(as_layers(model))))
-        # Sums in another order through all layers: a hundred times the dtype's epsilon.
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-
-
-def test_weights_are_turned_where_that_pays(llama):
-    assert not is_worth_turning(llama, 1, 100)
-    assert not is_worth_turning(llama, 33, 100)
-    assert not is_worth_turning(llama, 16, 8)
-    assert not jax.jit(lambda model: jnp.asarray(is_worth_turning(model, 16, 100)))(llama)
 
 
 def test_of_equally_likely_tokens_the_first_is_taken():
