@@ -204,6 +204,21 @@ class Surroundings(Protocol):
 surroundings: contextvars.ContextVar[Surroundings | None] = contextvars.ContextVar("surroundings", default=None)
 
 
+def may_be_shown(*names: str) -> bool:
+    """Whether a pass may want a site of one of these names, in some layer: for code that computes them only if so.
+
+    Where not, the code may still mark them, with anything for a value: then they are among the sites that exist.
+
+    Args:
+        names: of sites.
+    """
+    innermost = _innermost.get()
+    if innermost is None:
+        return False
+    innermost.spoil_token()
+    return any(state.sites is None or not state.sites.isdisjoint(names) for state in innermost.chain())
+
+
 def innermost_pass() -> PassState | None:
     """The pass that the code here runs under."""
     return _innermost.get()

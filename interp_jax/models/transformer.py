@@ -58,7 +58,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from interp_jax.instrument import in_layer, layer_scan, site
-from interp_jax.models.products import product, times, times_turned
+from interp_jax.models.attention import attended, soft_capped
+from interp_jax.models.products import times, times_turned
 from interp_jax.models.rows_of import rows_of
 from interp_jax.models.token_ids import check_ids
 from interp_jax.models.transformer_config import TransformerConfig as TransformerConfig
@@ -154,6 +155,8 @@ class _Surroundings:
     local: _Reach | None
     start: Any
     """The first free slot of the cache; None without one."""
+    is_causal: bool = dataclasses.field(metadata={"static": True})
+    """Whether no query sees a key behind its own index, wherever they stand."""
 
     def reach(self, is_local: bool | Bool[Array, ""]) -> _Reach:
         """That of one layer. Where it is only known as the scan runs, both are there and one is selected."""
@@ -231,10 +234,6 @@ def _remembered(cache: Array, new: Array, number: Any, start: Any, axis: int) ->
     return jax.lax.dynamic_index_in_dim(cache, number, keepdims=False), cache
 
 
-def _soft_capped(x: Array, cap: float | None) -> Array:
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 class Attention(nnx.Module):
     """Causal grouped-query self-attention.
 
@@ -276,23 +275,17 @@ class Attention(nnx.Module):
         # Heads before positions from here on: the products below then read everything as it lies. Heads are (group,
         # member): a group shares one key-value head, which is thus never copied out.
         grouped = q.reshape(batch, seq, c.n_kv_heads, -1, c.d_head)
-        v = v.swapaxes(1, 2)
+        v, scale = v.swapaxes(1, 2), c.scale / (number + 1) if c.attn_scale_falls else c.scale
         if cache is None:
-            logits = product("bqgmd,bgkd->bgmqk", grouped, k.swapaxes(1, 2))
+            k = k.swapaxes(1, 2)
         else:
             k, k_cache = _remembered(cache[0], jnp.moveaxis(k, 1, 3), number, shared.start, 3)
             v, v_cache = _remembered(cache[1], v, number, shared.start, 2)
-            cache = k_cache, v_cache
-            logits = product("bgmqd,bgdk->bgmqk", jnp.moveaxis(grouped, 1, 3), k)
-        scale = c.scale / (number + 1) if c.attn_scale_falls else c.scale
-        logits = logits * jnp.asarray(scale, x.dtype)
-        logits = _soft_capped(logits, c.attn_soft_cap)
-        logits = site(logits.reshape(batch, c.n_heads, seq, -1), "attn_logits")
-        # Not -inf: a position that is padding sees nothing, and its row shall be finite.
-        masked = jnp.where(reach.sees, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-        probs = site(jax.nn.softmax(masked, axis=-1).astype(x.dtype), "attn_probs")
-
-        heads = product("bgmqk,bgkd->bgmqd", probs.reshape(batch, c.n_kv_heads, -1, *probs.shape[2:]), v)
+        heads = attended(
+            grouped, k, v, reach.sees, jnp.asarray(scale, x.dtype), soft_cap=c.attn_soft_cap,
+            is_turned=cache is not None, is_causal=shared.is_causal,
+        )  # fmt: skip
+        cache = None if cache is None else (k_cache, v_cache)
         heads = site(heads.reshape(batch, c.n_heads, seq, c.d_head).swapaxes(1, 2), "attn_heads")
         out = times(heads, self.W_o, axes=2)
         return out + self.b_o[...].astype(x.dtype) if c.attn_out_bias else out, cache
@@ -522,7 +515,7 @@ class Transformer(nnx.Module):
         if is_token is not None:
             tokens = jnp.where(is_token, tokens, 0)  # -1 may stand where there is padding
         check_ids(tokens, c.vocab_size)
-        may_exceed = positions is not None or cache is not None
+        may_exceed = positions is not None or cache is not None  # else each is its index, or that among the tokens
         if positions is None:
             counted = jnp.arange(seq)[None] if is_token is None else jnp.cumsum(is_token, axis=1) - 1
             positions = counted if cache is None else counted + cache.positions.max(axis=1, keepdims=True) + 1
@@ -540,6 +533,7 @@ class Transformer(nnx.Module):
             self._reach(placed, key_positions, local=False) if not all(c.is_local) else None,
             self._reach(placed, key_positions, local=True) if any(c.is_local) else None,
             None if cache is None else cache.n_filled,
+            not may_exceed,
         )
 
         x = rows_of(self.W_embed[...], tokens).astype(self.compute_dtype)
@@ -561,7 +555,7 @@ class Transformer(nnx.Module):
             logits = times(x, self.W_unembed)
         if c.unembed_bias:
             logits = logits + self.b_unembed[...].astype(x.dtype)
-        logits = site(_soft_capped(logits, c.logit_soft_cap), "logits", layer=None)
+        logits = site(soft_capped(logits, c.logit_soft_cap), "logits", layer=None)
         if cache is None:
             return logits, None
         keys, values = kept
