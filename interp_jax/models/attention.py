@@ -4,8 +4,8 @@ Whole, where somebody may look at the scores: two sites show them. Otherwise, wh
 queries, so that one block's scores alone are in memory. Each query's row is computed in the same way, by a program that
 is differentiated without keeping scores. A causal pass leaves out keys that no query of a quarter sees.
 
-Measured, of SmolLM2 on two cores: 1 x 4096 tokens took 45 s whole and 12 s in blocks, 4 x 1024 took 11.3 and 6.7 s, with a
-tenth and a third of the memory. A GPU's kernels want large blocks, and are given them.
+Measured, of SmolLM2 on two cores: 1 x 4096 tokens took 45 s whole and 12 s in blocks, 4 x 1024 took 11.3 and 6.7 s,
+with a tenth and a third of the memory. A GPU's kernels want large blocks, and are given them.
 """
 
 import functools

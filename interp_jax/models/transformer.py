@@ -279,13 +279,13 @@ class Attention(nnx.Module):
         if cache is None:
             k = k.swapaxes(1, 2)
         else:
-            k, k_cache = _remembered(cache[0], jnp.moveaxis(k, 1, 3), number, shared.start, 3)
-            v, v_cache = _remembered(cache[1], v, number, shared.start, 2)
+            k, of_k = _remembered(cache[0], jnp.moveaxis(k, 1, 3), number, shared.start, 3)
+            v, of_v = _remembered(cache[1], v, number, shared.start, 2)
+            cache = of_k, of_v
         heads = attended(
             grouped, k, v, reach.sees, jnp.asarray(scale, x.dtype), soft_cap=c.attn_soft_cap,
             is_turned=cache is not None, is_causal=shared.is_causal,
         )  # fmt: skip
-        cache = None if cache is None else (k_cache, v_cache)
         heads = site(heads.reshape(batch, c.n_heads, seq, c.d_head).swapaxes(1, 2), "attn_heads")
         out = times(heads, self.W_o, axes=2)
         return out + self.b_o[...].astype(x.dtype) if c.attn_out_bias else out, cache
