@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import interp_jax as ij
-from benchmarks.instrument.rows import Row, report, seconds
+from benchmarks.instrument.rows import Row, memory_analysis, report, seconds
 from benchmarks.models.pytorch_peer import Peer
 from interp_jax import installed_data
 from interp_jax.models.flax_llama import load_smollm2
@@ -76,6 +76,31 @@ def forward_rows(model: Transformer, tokens: np.ndarray, peer: Peer, rounds: int
         Row(f"{what}, unrolled / its matmuls at peak", "s", of_loop, products),
         Row(f"{what}, PyTorch / its matmuls at peak", "s", torch_seconds, products),
     ]
+
+
+def long_rows(model: Transformer, peer: Peer, rounds: int) -> list[Row]:
+    """Passes with logits over longer rows, and what memory they take beside those that keep all scores."""
+    found: list[Row] = []
+    for batch, seq in ((8, 512), (4, 1024), (1, 4096)):
+        tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, seq))
+        row = jnp.asarray(tokens)
+
+        def whole(model: Transformer, tokens: Any) -> Any:
+            for _ in (running := ij.iterate(apply, sites="attn_probs")(model, tokens)):
+                pass
+            return running.retval
+
+        sides = [jax.jit(function) for function in (lambda model, tokens: apply(model, tokens), whole)]
+        runs = [lambda side=side, row=row: side(model, row) for side in sides]
+        ours, of_whole, of_torch = seconds([*runs, lambda tokens=tokens: peer.run_forward(tokens)], rounds)
+        memory = [memory_analysis(side.lower(model, row).compile()).temp_size_in_bytes for side in sides]
+        what = f"forward with logits, {batch} x {seq}"
+        found += [
+            Row(f"{what} / PyTorch", "s", ours, of_torch),
+            Row(f"{what} / looking at `attn_probs`", "s", ours, of_whole),
+            Row(f"{what}: temporary memory / looking at `attn_probs`", "B", *memory),
+        ]
+    return found
 
 
 def has_flax_classes() -> bool:
@@ -178,7 +203,7 @@ def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed")
-    parts = ("forward", "decode", "bfloat16", "first-token")
+    parts = ("forward", "long", "decode", "bfloat16", "first-token")
     parser.add_argument("--only", choices=parts, help="this part of the table; all when left out")
     options = parser.parse_args()
     wanted = parts if options.only is None else (options.only,)
@@ -189,6 +214,8 @@ def main() -> None:
     try:
         if "forward" in wanted:
             rows += forward_rows(model, tokens, peer, options.rounds)
+        if "long" in wanted:
+            rows += long_rows(model, peer, options.rounds)
         if "decode" in wanted:
             rows += decode_rows(model, peer, options.rounds)
         if "bfloat16" in wanted:  # the peer's last

@@ -42,9 +42,13 @@ class Peer:
         """The likeliest continuations, by products in full f32."""
         return np.asarray(self._process.ask("decode exactly", prompts.tolist(), n_tokens))
 
-    def run_forward(self) -> None:
-        """The same as `forward`, to be timed: nothing is written."""
-        self._process.ask("time forward")
+    def run_forward(self, tokens: np.ndarray | None = None) -> None:
+        """The same as `forward`, to be timed: nothing is written.
+
+        Args:
+            tokens: others than those of the beginning.
+        """
+        self._process.ask("time forward", *(() if tokens is None else (tokens.tolist(),)))
 
     def narrow(self) -> None:
         """From now on all of it is in bfloat16."""
@@ -78,8 +82,8 @@ def _serve(folder: pathlib.Path) -> None:
     def narrow() -> None:
         model.to(torch.bfloat16)
 
-    def time_forward() -> None:
-        model(tokens)
+    def time_forward(others: list[list[int]] | None = None) -> None:
+        model(tokens if others is None else torch.tensor(others, device=device))
         wait_for(torch)
 
     def decode_exactly(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:

@@ -103,9 +103,9 @@ def _summed_in_float32(subscripts: str, x: Array, y: Array) -> Array:
     def rounded_once(x: Array, y: Array) -> Array:
         return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    if _has_one_row(subscripts, x, y):
-        return rounded_once(x, y)
-    return jax.lax.platform_dependent(x, y, cpu=rounded_once, default=functools.partial(jnp.einsum, subscripts))
+    plain = functools.partial(jnp.einsum, subscripts)
+    on_gpu = rounded_once if _has_one_row(subscripts, x, y) else plain
+    return jax.lax.platform_dependent(x, y, cpu=rounded_once, cuda=on_gpu, rocm=on_gpu, default=plain)
 
 
 def _has_one_row(subscripts: str, x: Array, y: Array) -> bool:

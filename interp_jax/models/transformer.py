@@ -38,6 +38,8 @@ give the same values and the same sites.
 Hazards:
 - `attn_logits` stands before the mask, so that its entries are finite and an edit cannot let a position see its
   future. An edit of the entries above the diagonal therefore does nothing.
+- Where no pass may look at `attn_logits` and `attn_probs`, attention over many positions goes by blocks of queries
+  (`attention.py`): the values are the same but for rounding, the memory is not.
 - A token id outside the vocabulary is an error outside jit. Under jit, where nothing can raise, it gives NaN logits for
   its row: clamping the id silently, as indexing in JAX does, would hide the fault.
 - Norms, the softmax and rotary angles are computed in float32 whatever the dtype.

@@ -114,8 +114,12 @@ def test_float32_sums_are_asked_for_on_a_cpu_alone():
 def test_on_a_gpu_the_sums_of_one_row_are_in_float32(subscripts, of_x, of_y, dtype):
     x, y = drawn(of_x, of_y)
     multiplied = jax.jit(lambda x, y: product(subscripts, x, y))
-    program = jax.export.export(multiplied, platforms=["cuda"])(x, y).mlir_module()
-    assert re.search(r"dot_general.*-> tensor<[\dx]+x(\w+)>", program)[1] == dtype
+
+    def sums(platform):
+        program = jax.export.export(multiplied, platforms=[platform])(x, y).mlir_module()
+        return re.search(r"dot_general.*-> tensor<[\dx]+x(\w+)>", program)[1]
+
+    assert [sums(platform) for platform in ("cuda", "tpu")] == [dtype, "bf16"]
 
 
 def test_a_program_may_be_exported_for_any_number_of_rows():
