@@ -130,7 +130,11 @@ def _in_blocks(
         block = max(_SMALLEST_BLOCK, _SCORES_OF_A_BLOCK[platform] // of_query)
         return functools.partial(_part_by_part if is_causal else _block_by_block, one, block)
 
-    return jax.lax.platform_dependent(queries, keys, values, sees, scale, cpu=on("cpu"), default=on("elsewhere"))
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # else one way keeps room for what the other one keeps
+    def on_its_device(*args: Any) -> Array:
+        return jax.lax.platform_dependent(*args, cpu=on("cpu"), default=on("elsewhere"))
+
+    return on_its_device(queries, keys, values, sees, scale)
 
 
 def _part_by_part(one: Any, block: int, queries: Array, keys: Array, values: Array, sees: Array, scale: Any) -> Array:
@@ -147,8 +151,10 @@ def _part_by_part(one: Any, block: int, queries: Array, keys: Array, values: Arr
 def _block_by_block(one: Any, block: int, queries: Array, keys: Array, values: Array, sees: Array, scale: Any) -> Array:
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_block(queries: Array, sees: Array, keys: Array, values: Array, scale: Any) -> Array:
-        return one(queries, keys, values, sees, scale)
+        return one(queries, keys.astype(queries.dtype), values.astype(queries.dtype), sees, scale)
 
+    wide = jnp.promote_types(keys.dtype, jnp.float32)  # in which their gradients are summed over the blocks
+    keys, values = keys.astype(wide), values.astype(wide)
     batch, seq, *heads = queries.shape
     n_whole = seq // block
     if not n_whole:

@@ -11,7 +11,7 @@ A product is written down as for any device, and XLA's choice is left alone on a
   instructions it widens as before.
 
 And on a GPU in one case: a product of bfloat16 with one row XLA makes sums of, whose terms it rounds to bfloat16 one by
-one (seen on an H100: errors of a hundredth). There, too, sums in float32 are asked for.
+one (seen on an H100: errors of a hundredth). There, too, sums in float32 are asked for, if not in its derivatives.
 
 Which way is taken is decided where the program is compiled for a device, so that a program for another one can be
 compiled anywhere.

@@ -65,8 +65,7 @@ def laid_out(model: Transformer, *, is_turned: bool, is_unrolled: bool) -> Trans
     Args:
         model: The model.
         is_turned: Whether the matrices of the blocks and of an unembedding lie with their outputs first, under their
-            own names; but queries' with keys' and values', which are small alone, in `W_qkv`, in whose place three are
-            not read.
+            own names; but queries' with keys' and values', which are small alone, in `W_qkv` in place of three.
         is_unrolled: Whether the layers of a stack are laid out each by itself.
     """
     blocks = cast(Any, model.blocks)
@@ -117,6 +116,7 @@ def _turned(block: Block, lead: int) -> Block:
 
     attn, mlp = other.attn, other.mlp
     attn.W_qkv, attn.W_o = turned(attn.W_q, attn.W_k, attn.W_v), turned(attn.W_o, inputs=2)
+    del attn.W_q, attn.W_k, attn.W_v
     if mlp.config.gated_mlp:
         mlp.W_gate = turned(mlp.W_gate)
     mlp.W_in, mlp.W_out = turned(mlp.W_in), turned(mlp.W_out)

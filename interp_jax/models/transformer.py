@@ -39,7 +39,7 @@ Hazards:
 - `attn_logits` stands before the mask, so that its entries are finite and an edit cannot let a position see its
   future. An edit of the entries above the diagonal therefore does nothing.
 - Where no pass may look at `attn_logits` and `attn_probs`, attention over many positions goes by blocks of queries
-  (`attention.py`): the values are the same but for rounding, the memory is not.
+  (`attention.py`): at tokens the values are the same but for rounding, the memory is not.
 - A token id outside the vocabulary is an error outside jit. Under jit, where nothing can raise, it gives NaN logits for
   its row: clamping the id silently, as indexing in JAX does, would hide the fault.
 - Norms, the softmax and rotary angles are computed in float32 whatever the dtype.
@@ -539,6 +539,9 @@ class Transformer(nnx.Module):
         )
 
         x = rows_of(self.W_embed[...], tokens).astype(self.compute_dtype)
+        if isinstance(tokens, jax.core.Tracer):  # elsewhere `check_ids` has raised
+            is_wrong = ((tokens < 0) | (tokens >= c.vocab_size)).any(axis=1)
+            x = jnp.where(is_wrong[:, None, None], jnp.nan, x)
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.positions == "learned":

@@ -86,8 +86,9 @@ def test_a_model_gives_the_same_in_blocks_and_so_do_its_gradient_and_its_cache(m
     found = results()
     monkeypatch.setitem(attention._MOST_SCORES_AT_ONCE, "cpu", 2**22)
     for ours, whole in zip(jax.tree.leaves(found), jax.tree.leaves(results()), strict=True):
-        # Sums over keys in parts, through all layers: a hundred times the dtype's epsilon.
-        np.testing.assert_allclose(ours, whole, atol=1e-5 * max(1e-3, np.abs(whole).max()))
+        # Sums over keys in parts, through all layers: a hundred times the dtype's epsilon; but the gradient of keys'
+        # biases is zero, whatever is left of it.
+        np.testing.assert_allclose(ours, whole, atol=1e-5 * max(1e-2, np.abs(whole).max()))
 
 
 def test_scores_are_whole_where_they_may_be_looked_at(model, in_blocks):
@@ -115,6 +116,35 @@ def test_who_looks_elsewhere_changes_nothing_and_is_told_of_them(model, in_block
     np.testing.assert_array_equal(forward(model, TOKENS), clean)
 
 
+def test_an_id_that_is_no_token_spoils_its_whole_row_under_jit(model, in_blocks):
+    logits = jax.jit(apply)(model, TOKENS.at[0, 8].set(model.config.vocab_size))
+    assert jnp.isnan(logits[0]).all()
+    assert jnp.isfinite(logits[1]).all()
+
+
+def test_gradients_in_bfloat16_are_summed_in_float32(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (1, 512, 1, 1, 16), (1, 1, 512, 16), (1, 1, 512, 16)
+    narrow = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+    sees = jnp.tril(jnp.ones((512, 512), bool))[None, None]
+
+    def gradients(args):
+        def total(*args):
+            scale = jnp.asarray(0.25, args[0].dtype)
+            return attended(*args, sees, scale, soft_cap=None, is_turned=False, is_causal=True).sum(dtype=jnp.float32)
+
+        jax.clear_caches()
+        return [np.asarray(each, np.float32) for each in jax.jit(jax.grad(total, (0, 1, 2)))(*args)]
+
+    exact, whole = gradients([each.astype(jnp.float32) for each in narrow]), gradients(narrow)
+    monkeypatch.setitem(attention._MOST_SCORES_AT_ONCE, "cpu", 4)
+    monkeypatch.setattr(attention, "_SMALLEST_BLOCK", 2)
+    monkeypatch.setitem(attention._SCORES_OF_A_BLOCK, "cpu", 1)
+    for ours, theirs, right in zip(gradients(narrow), whole, exact, strict=True):
+        assert np.linalg.norm(ours - right) < 1.3 * np.linalg.norm(theirs - right) + 1e-3 * np.linalg.norm(right)
+    jax.clear_caches()
+
+
 def test_memory_is_a_blocks_forward_and_backward(monkeypatch):
     config = TransformerConfig(
         vocab_size=20, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_head=4, d_mlp=16, context=1024
@@ -131,6 +161,9 @@ def test_memory_is_a_blocks_forward_and_backward(monkeypatch):
 
     monkeypatch.setitem(attention._SCORES_OF_A_BLOCK, "cpu", 2**18)
     assert max(temporary(forward), temporary(jax.grad(forward))) < scores
+    for function in (forward, jax.jit(forward)):  # of an eager backward pass all that is kept is kept
+        _, backward = jax.vjp(function, model)
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(backward)) < scores
     monkeypatch.setitem(attention._MOST_SCORES_AT_ONCE, "cpu", 2**30)
     assert min(temporary(forward), temporary(jax.grad(forward))) >= scores
     jax.clear_caches()
