@@ -109,7 +109,8 @@ def test_who_looks_elsewhere_changes_nothing_and_is_told_of_them(model, in_block
     forward, model = way(apply), layers(model)
     clean = forward(model, TOKENS)
     logits, values = ij.fetch(forward, "attn_out", 1)(model, TOKENS)
-    np.testing.assert_allclose(logits, clean, atol=1e-6 * np.abs(clean).max())
+    # The same blocks, but compiled otherwise: an eager loop over layers, say, and a scan.
+    np.testing.assert_allclose(logits, clean, atol=1e-5 * np.abs(clean).max())
     assert list(values) == [(1, "attn_out")]
     with pytest.raises(ij.SiteError, match=r"did you mean 'attn_probs'(.|\n)*v, attn_logits, attn_probs, attn_heads"):
         ij.fetch(forward, "attn_prob")(model, TOKENS)
