@@ -3,10 +3,12 @@
     make bench-tpu, or: python -m benchmarks.models.large, where libtpu is installed
 
 Setting: the project's `Transformer` in bf16, layers stacked, for the 8 chips of v5p:2x2x2 in a mesh of 2 (data) by 4
-(model); 8 rows of 1024 tokens with every site of the middle layer fetched, and a generation of 128 tokens after 8
-prompts of 896. XLA refuses to compile what does not fit into a chip's memory. All figures are a chip's.
+(model); 8 rows of 1024 tokens with every site of the middle layer fetched, a generation of 128 tokens after 8 prompts
+of 896, and 2 rows of 16384 tokens, whatever the context is that such a model was trained with. XLA refuses to compile
+what does not fit into a chip's memory. All figures are a chip's.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +30,7 @@ from interp_jax.models.transformer_config import TransformerConfig
 TOPOLOGY = "v5p:2x2x2"
 CHIP_BYTES = 95 * 2**30
 ROWS, TOKENS, NEW_TOKENS = 8, 1024, 128
+LONG = 16384
 
 LLAMA_3_8B = TransformerConfig(
     vocab_size=128256, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, d_head=128, d_mlp=14336, context=8192,
@@ -38,7 +41,8 @@ MODELS = {"Pythia-12B": PYTHIA_12B, "Llama-3-8B": LLAMA_3_8B}
 
 
 def rows(name: str, config: TransformerConfig, mesh: Mesh) -> Iterator[Row]:
-    """The memory of both programs."""
+    """The memory of each program."""
+    config = dataclasses.replace(config, context=LONG)
 
     def array(shape: tuple[int, ...], dtype: Any, *spec: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
@@ -59,10 +63,19 @@ def rows(name: str, config: TransformerConfig, mesh: Mesh) -> Iterator[Row]:
     def plain(model: Any, tokens: Any) -> Any:
         return apply(model, tokens)
 
+    def looking(model: Any, tokens: Any) -> Any:
+        """A pass whose scores are all in memory, for they may be looked at."""
+        for _ in (running := ij.iterate(apply, sites="attn_probs")(model, tokens)):
+            pass
+        return running.retval
+
+    long = array((2, LONG), jnp.int32, "data")
     programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "forward": (plain, (model, tokens)),
         f"forward, all sites of layer {config.n_layers // 2} fetched": (fetch, (model, tokens)),
         f"{NEW_TOKENS} tokens generated": (generate, (model, prompts)),
+        f"forward over 2 x {LONG}": (plain, (model, long)),
+        f"forward over 2 x {LONG}, looking at attn_probs": (looking, (model, long)),
     }
     for what, (function, args) in programs.items():
         found = memory_analysis(jax.jit(function).lower(*args).compile())

@@ -18,6 +18,7 @@ import numpy as np
 import interp_jax as ij
 from benchmarks.instrument.rows import Row, report, seconds, temp_bytes
 from benchmarks.models.large import LLAMA_3_8B, NEW_TOKENS, ROWS, TOKENS
+from benchmarks.models.pytorch_peer import likeliest
 from benchmarks.peer_process import PeerProcess, serve
 from benchmarks.pytorch_device import peer_device, wait_for
 from interp_jax.models.transformer import Transformer, apply
@@ -109,13 +110,7 @@ def _serve() -> None:
         model = transformers.LlamaForCausalLM(config).eval()
 
     def decode(prompts: list[list[int]]) -> None:
-        rows = torch.tensor(prompts, device=device)
-        mask = torch.ones_like(rows)
-        model.generate(
-            rows, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-            pad_token_id=0,
-        )  # fmt: skip
-        wait_for(torch)
+        likeliest(torch, model, prompts, NEW_TOKENS)
 
     def decode_with_a_hook(prompts: list[list[int]]) -> None:
         handle = model.model.layers[LAYER].mlp.register_forward_hook(lambda module, args, out: out * 0.9)

@@ -48,7 +48,7 @@ class Peer:
         Args:
             tokens: others than those of the beginning.
         """
-        self._process.ask("time forward", *(() if tokens is None else (tokens.tolist(),)))
+        self._process.ask("time forward", None if tokens is None else tokens.tolist())
 
     def narrow(self) -> None:
         """From now on all of it is in bfloat16."""
@@ -60,6 +60,23 @@ class Peer:
         self._folder.cleanup()
 
 
+def likeliest(torch: Any, model: Any, prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+    """So many likeliest tokens after each prompt, by the library's own `generate`.
+
+    Args:
+        torch: the module.
+        model: the library's.
+        prompts: ids, equally many a row.
+        n_tokens: neither more nor fewer.
+    """
+    rows = torch.tensor(prompts, device=model.device)
+    found = model.generate(
+        rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=n_tokens, min_new_tokens=n_tokens,
+        pad_token_id=0,
+    )  # fmt: skip
+    return found[:, rows.shape[1] :].tolist()
+
+
 def _serve(folder: pathlib.Path) -> None:
     torch: Any = importlib.import_module("torch")
     device = peer_device(torch)
@@ -67,12 +84,7 @@ def _serve(folder: pathlib.Path) -> None:
     tokens = torch.tensor(np.load(folder / "tokens.npy"), device=device)
 
     def decode(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
-        rows = torch.tensor(prompts, device=device)
-        found = model.generate(
-            rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=n_tokens,
-            min_new_tokens=n_tokens, pad_token_id=0,
-        )  # fmt: skip
-        return found[:, rows.shape[1] :].tolist()
+        return likeliest(torch, model, prompts, n_tokens)
 
     def forward() -> str:
         with exactly(torch):

@@ -4,8 +4,9 @@ Whole, where somebody may look at the scores: two sites show them. Otherwise, wh
 queries, so that one block's scores alone are in memory. Each query's row is computed in the same way, by a program that
 is differentiated without keeping scores. A causal pass leaves out keys that no query of a quarter sees.
 
-Measured, of SmolLM2 on two cores: 1 x 4096 tokens took 45 s whole and 12 s in blocks, 4 x 1024 took 11.3 and 6.7 s,
-with a tenth and a third of the memory. A GPU's kernels want large blocks, and are given them.
+Measured, of SmolLM2 with logits on two cores (`python -m benchmarks.models --only long`): 1 x 4096 tokens took 45 s
+whole and 15 s in blocks, 4 x 1024 took 12.8 and 9.8 s, with a seventh and two fifths of the memory. A GPU's kernels
+want large blocks, and are given them.
 """
 
 import functools
@@ -56,18 +57,20 @@ def attended(
         is_turned: how the keys lie.
         is_causal: whether no query sees a key behind its own index.
     """
-    batch, seq, groups, members, _ = queries.shape
-    of_query = batch * groups * members * values.shape[2]
-    one = functools.partial(_heads, soft_cap=soft_cap, is_turned=is_turned)
-    may_be_blocks = isinstance(of_query, int) and isinstance(seq, int)  # no size is symbolic
-    if not may_be_blocks or of_query * seq <= _MOST_SCORES_AT_ONCE["cpu"] or may_be_shown(*_SITES):
-        return one(queries, keys, values, sees, scale, show=True)
+    given = queries, keys, values, sees, scale
+    n_scores = _scores_of_a_query(queries, values) * queries.shape[1]
+    is_known = isinstance(n_scores, int)  # in an export of any batch size it is not
+    if not is_known or n_scores <= _MOST_SCORES_AT_ONCE["cpu"] or may_be_shown(*_SITES):
+        return _heads(*given, soft_cap=soft_cap, is_turned=is_turned, show=True)
     for name in _SITES:
         site(np.zeros(()), name)  # nobody wants them, but a list of the sites that exist has them
-    in_blocks = functools.partial(
-        _in_blocks, of_query=of_query, soft_cap=soft_cap, is_turned=is_turned, is_causal=is_causal
-    )
-    return in_blocks(queries, keys, values, sees, scale)
+    return _in_blocks(*given, soft_cap=soft_cap, is_turned=is_turned, is_causal=is_causal)
+
+
+def _scores_of_a_query(queries: Array, values: Array) -> Any:
+    """How many scores one position has, over all rows and heads."""
+    batch, _, groups, members, _ = queries.shape
+    return batch * groups * members * values.shape[2]
 
 
 def soft_capped(x: Array, cap: float | None) -> Array:
@@ -107,7 +110,7 @@ def _heads(
     return product("bgmqk,bgkd->bgmqd", probs.reshape(batch, groups, members, seq, -1), values)
 
 
-@functools.partial(jax.jit, inline=True, static_argnames=("of_query", "soft_cap", "is_turned", "is_causal"))
+@functools.partial(jax.jit, inline=True, static_argnames=("soft_cap", "is_turned", "is_causal"))
 def _in_blocks(
     queries: Array,
     keys: Array,
@@ -115,17 +118,16 @@ def _in_blocks(
     sees: Array,
     scale: Any,
     *,
-    of_query: int,
     soft_cap: float | None,
     is_turned: bool,
     is_causal: bool,
 ) -> Array:
     """`attended`, a block of queries at a time."""
     one = functools.partial(_heads, soft_cap=soft_cap, is_turned=is_turned)
-    n_queries = queries.shape[1]
+    of_query = _scores_of_a_query(queries, values)
 
     def on(platform: str) -> Any:
-        if of_query * n_queries <= _MOST_SCORES_AT_ONCE[platform]:
+        if of_query * queries.shape[1] <= _MOST_SCORES_AT_ONCE[platform]:
             return one
         block = max(_SMALLEST_BLOCK, _SCORES_OF_A_BLOCK[platform] // of_query)
         return functools.partial(_part_by_part if is_causal else _block_by_block, one, block)

@@ -73,7 +73,7 @@ def laid_out(model: Transformer, *, is_turned: bool, is_unrolled: bool) -> Trans
         numbers = range(model.config.n_layers)
         blocks = nnx.List([_layer_of(blocks, jnp.asarray(number), is_turned) for number in numbers])
     elif is_turned:
-        blocks = _turned_blocks(blocks) if model.is_stacked else nnx.List([_turned_block(block) for block in blocks])
+        blocks = _turned(blocks, 1) if model.is_stacked else nnx.List([_turned(block, 0) for block in blocks])
     other = with_blocks(model, blocks)
     if is_turned and not model.config.tied_embeddings:
         other.W_unembed = Turned(_outputs_first(model.W_unembed[...], lead=0, inputs=1))
@@ -94,19 +94,10 @@ def unstacked(cache: KeyValueCache) -> KeyValueCache:
 def _layer_of(stack: Block, number: Array, is_turned: bool) -> Block:
     """One layer of a stack; which is data, so that one program serves all."""
     block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stack)
-    return _turned(block, lead=0) if is_turned else block
+    return _turned(block, 0) if is_turned else block
 
 
-@jax.jit
-def _turned_block(block: Block) -> Block:
-    return _turned(block, lead=0)
-
-
-@jax.jit
-def _turned_blocks(stack: Block) -> Block:
-    return _turned(stack, lead=1)
-
-
+@functools.partial(jax.jit, static_argnums=1)
 def _turned(block: Block, lead: int) -> Block:
     """Another module over the same arrays but for those that are turned; `lead` is 1 for a stack."""
     other = jax.tree.map(lambda leaf: leaf, block)

@@ -539,7 +539,9 @@ class Transformer(nnx.Module):
         )
 
         x = rows_of(self.W_embed[...], tokens).astype(self.compute_dtype)
-        if isinstance(tokens, jax.core.Tracer):  # elsewhere `check_ids` has raised
+        if isinstance(tokens, jax.core.Tracer):
+            # Elsewhere `check_ids` has raised. The lookup gives NaN at that position alone, and what attention makes of
+            # it in others hangs on whether it leaves keys out.
             is_wrong = ((tokens < 0) | (tokens >= c.vocab_size)).any(axis=1)
             x = jnp.where(is_wrong[:, None, None], jnp.nan, x)
         if c.embed_scale != 1:

@@ -59,10 +59,10 @@ def test_each_query_reads_what_it_sees(in_blocks, way, seq, soft_cap):
         queries, k, v, jnp.asarray(sees), 0.5
     )
     expected = exact(queries, k.swapaxes(2, 3) if is_turned else k, v, sees, 0.5, soft_cap)
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(found, expected, atol=2e-6)  # float32 sums of up to 31 terms of size 1: 16 epsilons
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gpt_neox", "gemma2", "gemma3_text"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3_text"])  # grouped; with biases; local layers
 def model(request, tmp_path_factory):
     return load_hugging_face(write_directory(tmp_path_factory.mktemp(request.param), request.param))
 
@@ -99,7 +99,7 @@ def test_scores_are_whole_where_they_may_be_looked_at(model, in_blocks):
     for value in probs.values():
         assert value.shape == (2, model.config.n_heads, 11, 11)
         np.testing.assert_allclose(value.sum(axis=-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(logits, clean, atol=1e-5 * np.abs(clean).max())
+    np.testing.assert_allclose(logits, clean, atol=1e-5 * np.abs(clean).max())  # whole, against blocks, as above
     assert {"attn_logits", "attn_probs"} <= {name for _, name, _ in ij.iterate(jitted)(model, TOKENS)}
 
 
@@ -142,6 +142,7 @@ def test_gradients_in_bfloat16_are_summed_in_float32(monkeypatch):
     monkeypatch.setattr(attention, "_SMALLEST_BLOCK", 2)
     monkeypatch.setitem(attention._SCORES_OF_A_BLOCK, "cpu", 1)
     for ours, theirs, right in zip(gradients(narrow), whole, exact, strict=True):
+        # As far off as in one piece. Summed in bfloat16 over 1024 blocks they were so up to sixty times.
         assert np.linalg.norm(ours - right) < 1.3 * np.linalg.norm(theirs - right) + 1e-3 * np.linalg.norm(right)
     jax.clear_caches()
 

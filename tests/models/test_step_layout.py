@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_generation import whole_text
 from test_hugging_face import write_directory
 
 import interp_jax as ij
@@ -58,7 +59,9 @@ def test_what_is_generated_edited_and_fetched_is_the_same(model, way, monkeypatc
         continue_rows, "laid_out_for_steps", lambda model, *args: asked.append(args) or laid_out(model, **WAYS[way])
     )
     found, again = generated(), generated()
-    assert asked == [(len(PROMPTS), NEW)] * 2
+    plain = ij.generate(model, PROMPTS, max_new_tokens=NEW, stop_tokens=()).rows()
+    assert plain == [whole_text(jax.jit(apply), model, prompt, NEW) for prompt in PROMPTS]
+    assert asked == [(len(PROMPTS), NEW)] * 3
     assert found.rows() == expected.rows() == again.rows()
     assert list(found.activations) == list(expected.activations) == [(1, "mlp_out"), (None, "logits")]
     for at, value in expected.activations.items():
